@@ -1,0 +1,217 @@
+"""What can fail: one class per failure, with its errno and its operands.
+
+Nothing here formats for a particular border: `fuse` turns errors into errnos, `cli` into one line and an
+exit status, `control` into an answer. A failure that several readers wait for is raised anew for each of
+them (`again`), because a traceback belongs to one raise.
+
+    CachefsError
+    ├── ConfigError            an option is unknown, out of range or contradicts another
+    ├── MountError             the mountpoint or /dev/fuse cannot be used
+    ├── NamespaceError         a name or an operation the tree does not have
+    ├── StoreError             the local store cannot be used, or a part of it is not what it should be
+    └── OriginError            Glance (or Keystone before it) did not give what was asked for
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import ClassVar, Self
+
+
+class CachefsError(Exception):
+    """Base of all failures. `errno` is what a reader of the mount gets."""
+
+    errno: ClassVar[int] = errno.EIO
+
+    def again(self) -> Self:
+        """The same failure as a new exception, for one more waiter."""
+        return type(self)(*self.args)
+
+
+class ConfigError(CachefsError):
+    """An option that stops the start. `option` is `section/name`, or a file's path."""
+
+    errno = errno.EINVAL
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__(option, reason)
+        self.option, self.reason = option, reason
+
+    def __str__(self) -> str:
+        return f"{self.option}: {self.reason}"
+
+
+class MountError(CachefsError):
+    """The mountpoint, or FUSE itself, cannot be used."""
+
+    def __init__(self, mountpoint: str, reason: str) -> None:
+        super().__init__(mountpoint, reason)
+        self.mountpoint, self.reason = mountpoint, reason
+
+    def __str__(self) -> str:
+        return f"{self.mountpoint}: {self.reason}"
+
+
+class ControlError(CachefsError):
+    """A control request was refused, or no daemon answers at `where`."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where, self.reason = where, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+# ── The tree ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class NamespaceError(CachefsError):
+    """An operation that the tree does not have, on `what`."""
+
+    def __init__(self, what: object) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}: {self.what}"
+
+
+class NoEntry(NamespaceError):
+    """No such name, or an image that is not active (yet)."""
+
+    errno = errno.ENOENT
+
+
+class ReadOnly(NamespaceError):
+    """Any change outside `nova/`."""
+
+    errno = errno.EROFS
+
+
+class NotPermitted(NamespaceError):
+    """The image is known and may not be opened (deactivated, or this node's account may not read it)."""
+
+    errno = errno.EACCES
+
+
+# ── The store ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class StoreError(CachefsError):
+    """Base of what the local store can fail with."""
+
+
+class StoreUnusable(StoreError):
+    """The store at `path` cannot be opened at all; `reason` says what to do."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"store {self.path}: {self.reason}"
+
+
+class StoreLocked(StoreUnusable):
+    """Another process has the store open."""
+
+
+class StoreFormat(StoreUnusable):
+    """The store was written by another format of cachefs, or is none."""
+
+
+class StoreFull(StoreError):
+    """There is no room for `wanted` bytes: served, not kept."""
+
+    errno = errno.ENOSPC
+
+    def __init__(self, wanted: int) -> None:
+        super().__init__(wanted)
+        self.wanted = wanted
+
+    def __str__(self) -> str:
+        return f"no room for {self.wanted} bytes"
+
+
+class RecordCorrupt(StoreError):
+    """A record of the index does not carry its own seal, or cannot be decoded."""
+
+    def __init__(self, table: str, key: bytes) -> None:
+        super().__init__(table, key)
+        self.table, self.key = table, key
+
+    def __str__(self) -> str:
+        return f"record {self.key.hex()} of {self.table} is corrupt"
+
+
+class Absent(StoreError):
+    """A range that was to be read is not wholly in the store. Never reaches a reader of the mount."""
+
+    def __init__(self, view_no: int, offset: int) -> None:
+        super().__init__(view_no, offset)
+        self.view_no, self.offset = view_no, offset
+
+    def __str__(self) -> str:
+        return f"view {self.view_no} is absent at byte {self.offset}"
+
+
+# ── The origin ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OriginError(CachefsError):
+    """Base of what the origin can fail with. `retryable`: another try may help within one read."""
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, image: str, detail: str = "") -> None:
+        super().__init__(image, detail)
+        self.image, self.detail = image, detail
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}: image {self.image}" + (f": {self.detail}" if self.detail else "")
+
+
+class ImageGone(OriginError):
+    """An authoritative 404: the only answer that means that an image has ended."""
+
+    errno = errno.ENOENT
+
+
+class ImageForbidden(OriginError):
+    """403: deactivated, or not for this account."""
+
+    errno = errno.EACCES
+
+
+class OriginUnauthorized(OriginError):
+    """The credentials were refused, also after the token was renewed once."""
+
+
+class OriginUnavailable(OriginError):
+    """No connection, a time-out, a 5xx, or a body cut short: the origin is unwell, the image is not."""
+
+    retryable = True
+
+
+class OriginBusy(OriginUnavailable):
+    """429 or 503. `retry_after` is in seconds; 0 when the origin named none."""
+
+    def __init__(self, image: str, detail: str = "", retry_after: float = 0.0) -> None:
+        super().__init__(image, detail)
+        self.args = (image, detail, retry_after)
+        self.retry_after = retry_after
+
+
+class OriginLied(OriginError):
+    """An answer that contradicts the request or the metadata (Content-Range, length, size): never data."""
+
+    retryable = True
+
+
+class RangeRefused(OriginError):
+    """400 "Getting images randomly…": this image comes as one stream from its first byte, or not at all."""
+
+
+class ReadDeadline(OriginError):
+    """A reader waited for `read_deadline` and its bytes did not come."""
