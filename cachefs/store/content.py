@@ -1,0 +1,505 @@
+"""The store as everybody else sees it: views to read, bytes to keep, images to remember. Rule: the way of a hit,
+from `StoredView.read_now` to its return, has no await, no thread and no look-up but of what is in memory.
+
+Reads go by `SpanMap`s, which the loop alone owns. A map is put in place by `published`, in one step with
+everything else that changed, before the writer may punch what the old one named; so a map that was looked up
+in this step of the loop names bytes that are there. Whoever waited (for a thread, for the disk) looks up again
+and compares before it believes what it read.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from cachefs.errors import Absent, RecordCorrupt, StoreError
+from cachefs.plan.extents import PAGE, Extent, ceil, pieces
+from cachefs.store import format as f
+from cachefs.store.format import OriginMode, SpanNo, Table, ViewKind, ViewNo, ViewRecord
+from cachefs.store.index import MAP_SIZE_FIRST, Index
+from cachefs.store.landing import Landed, Lander
+from cachefs.store.ledger import Ledger
+from cachefs.store.recipe import ABSENT, HOLE, Run, SpanMap, absent_recipe
+from cachefs.store.recover import Opened, open_store
+from cachefs.store.segments import RWF_NOWAIT, Segments
+from cachefs.store.writer import Doubt, Land, SetImage, SetView, Writer
+
+log = logging.getLogger(__name__)
+
+# What the kernel asks for at most in one FUSE read (256 pages), and some room.
+READ_MAX = 4 << 20
+# About 1 KiB each: the maps of 64 GiB of views, in 16 MiB.
+MAPS_MAX = 16384
+DISK_READS_MAX = 64
+
+_ZEROS = memoryview(bytes(READ_MAX))
+preadv = os.preadv
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large the store may grow, in bytes: `max_size` of segments, `min_free` left on the filesystem."""
+
+    max_size: int
+    min_free: int
+
+
+class Room:
+    """Whether bytes may be added: judged by real blocks and `statvfs`, asked anew for every 64 MiB."""
+
+    _ASK_EVERY = 64 << 20
+
+    def __init__(self, segments: Segments, limits: Callable[[], Limits]) -> None:
+        self._segments, self._limits = segments, limits
+        self._left = self._unasked = 0
+
+    def __call__(self, wanted: int) -> bool:
+        """Takes `wanted` bytes of what is left; False, and nothing taken, when that is too much."""
+        if wanted > min(self._left, self._unasked):
+            limits = self._limits()
+            self._left = min(
+                limits.max_size - self._segments.blocks_bytes(), self._segments.free_bytes() - limits.min_free
+            )
+            self._unasked = max(self._ASK_EVERY, wanted)
+        if wanted > self._left:
+            return False
+        self._left -= wanted
+        self._unasked -= wanted
+        return True
+
+
+class StoredView:
+    """One view as far as it is stored. Made by `Store.view`; `size` in bytes."""
+
+    __slots__ = ("_buffer", "_files", "_loading", "_maps", "_mask", "_shift", "_store", "number", "record")
+
+    def __init__(self, store: Store, number: ViewNo, record: ViewRecord) -> None:
+        self.number, self.record = number, record
+        self._store = store
+        self._shift, self._mask = store.span_size.bit_length() - 1, store.span_size - 1
+        self._files: dict[Any, int] = store.segments.files
+        self._buffer = store.buffer
+        self._maps: dict[int, SpanMap] = {}
+        self._loading: dict[int, object] = {}
+
+    @property
+    def size(self) -> int:
+        return self.record.size
+
+    @property
+    def cached(self) -> int:
+        """Bytes that are present."""
+        return self.record.cached
+
+    @property
+    def complete(self) -> bool:
+        return self.record.cached >= self.record.size
+
+    # ── the way of a hit ──
+
+    def read_now(self, offset: int, length: int) -> memoryview | None:
+        """The bytes, when they are present and in the kernel's page cache; None when that is not so. They are
+        good until the next read of the store: use them before the next await. The range must lie in the view
+        and be no longer than READ_MAX."""
+        span_map = self._maps.get(offset >> self._shift)
+        if span_map is None:
+            return None
+        within = offset & self._mask
+        starts = span_map.starts
+        i = bisect_right(starts, within) - 1
+        if within + length > starts[i + 1]:
+            return self._gather_now(offset, length)
+        segment = span_map.segments[i]
+        if segment > 0:
+            piece = self._buffer[:length]
+            try:
+                if preadv(self._files[segment], (piece,), span_map.sources[i] + within, RWF_NOWAIT) == length:
+                    return piece
+            except OSError as error:
+                self._store.note_read_error(error)
+            return None
+        return _ZEROS[:length] if segment == HOLE else None
+
+    def _gather_now(self, offset: int, length: int) -> memoryview | None:
+        """The same for a range of several runs."""
+        at = 0
+        for part in pieces(Extent(offset, offset + length), self._mask + 1):
+            span_map = self._maps.get(part.start >> self._shift)
+            if span_map is None:
+                return None
+            for segment, source, n in span_map.locate(part.start & self._mask, part.length):
+                piece = self._buffer[at : at + n]
+                if segment > 0:
+                    try:
+                        if preadv(self._files[segment], (piece,), source, RWF_NOWAIT) != n:
+                            return None
+                    except OSError as error:
+                        self._store.note_read_error(error)
+                        return None
+                elif segment == HOLE:
+                    piece[:] = _ZEROS[:n]
+                else:
+                    return None
+                at += n
+        return self._buffer[:length]
+
+    # ── the other ways ──
+
+    async def read(self, offset: int, length: int) -> bytes | bytearray:
+        """The bytes, from the disk if need be: one thread hop. Raises Absent when one of them is not there."""
+        whole = Extent(offset, offset + length)
+        while True:
+            await self.load(whole)
+            runs = self._runs(whole)
+            out = bytearray(length)
+            failed = await trio.to_thread.run_sync(self._read_in_thread, runs, out, limiter=self._store.disk_reads)
+            # What was read may have been replaced and punched meanwhile: believe it only if it still stands.
+            await self.load(whole)
+            if self._runs(whole) == runs:
+                if failed is None:
+                    return out
+                raise Absent(self.number, offset + failed)
+
+    def _runs(self, whole: Extent) -> list[Run]:
+        return [
+            run
+            for part in pieces(whole, self._mask + 1)
+            for run in self._maps[part.start >> self._shift].locate(part.start & self._mask, part.length)
+        ]
+
+    def _read_in_thread(self, runs: list[Run], out: bytearray) -> int | None:
+        """Fills `out`; returns how far it came when that is not the end."""
+        view = memoryview(out)
+        at = 0
+        for segment, source, n in runs:
+            if segment == ABSENT:
+                return at
+            if segment != HOLE:
+                try:
+                    if not self._store.segments.read_into(f.SegmentNo(segment), source, view[at : at + n]):
+                        return at
+                except OSError as error:
+                    self._store.note_read_error(error)
+                    return at
+            at += n
+        return None
+
+    async def doubt(self, offset: int) -> None:
+        """The byte at `offset` should be here and could not be read: its chunk is looked at, and quarantined
+        if it is rotten, so that it is absent and will be fetched."""
+        done = trio.Event()
+        span = SpanNo(offset >> self._shift)
+        self._store.writer.submit(Doubt(self.number, span, (offset & self._mask) // PAGE, done))
+        await done.wait()
+
+    async def load(self, extent: Extent) -> None:
+        """Makes sure that the maps of `extent`'s spans are in memory. Returns without a checkpoint when they
+        are."""
+        for span in self._spans(extent):
+            while span not in self._maps:
+                token = self._loading[span] = object()
+                try:
+                    span_map = await trio.to_thread.run_sync(
+                        self._store.load_map, self.number, span, self.size, limiter=self._store.disk_reads
+                    )
+                finally:
+                    mine = self._loading.get(span) is token
+                    if mine:
+                        del self._loading[span]
+                # `published` or another loader was faster: what we read may be older than what stands there.
+                if mine and span not in self._maps:
+                    self._put_map(span, span_map)
+
+    def absent(self, extent: Extent) -> list[Extent]:
+        """The blocks of `extent` that are to be fetched, coalesced. Their spans' maps must be loaded; a span
+        whose map is not is taken for absent."""
+        missing: list[Extent] = []
+        for part in pieces(extent, self._mask + 1):
+            base = part.start & ~self._mask
+            span_map = self._maps.get(part.start >> self._shift)
+            if span_map is None:
+                span_map = SpanMap.of(absent_recipe(self._store.span_pages(self.size, base)), lambda _: None)
+            for gap in span_map.absent(Extent(part.start - base, part.end - base)):
+                found = Extent(base + gap.start, min(base + gap.end, self.size))
+                if missing and missing[-1].end == found.start:
+                    found = Extent(missing.pop().start, found.end)
+                missing.append(found)
+        return missing
+
+    def present_at(self, offset: int) -> bool | None:
+        """Whether the byte is here; None when its span's map is not in memory."""
+        span_map = self._maps.get(offset >> self._shift)
+        if span_map is None:
+            return None
+        return span_map.segments[bisect_right(span_map.starts, offset & self._mask) - 1] != ABSENT
+
+    def _spans(self, extent: Extent) -> Iterable[SpanNo]:
+        return map(SpanNo, range(extent.start >> self._shift, ((extent.end - 1) >> self._shift) + 1))
+
+    # ── what the store tells it ──
+
+    def _put_map(self, span: int, span_map: SpanMap) -> None:
+        if span not in self._maps:
+            self._store.count_map(self, span)
+        self._maps[span] = span_map
+
+    def publish(self, landed: Landed) -> None:
+        self._loading.pop(landed.span, None)
+        self._put_map(landed.span, landed.map)
+        self.record = self.record.with_cached(landed.cached)
+
+    def forget_maps(self) -> None:
+        self._loading.clear()
+        self._maps.clear()
+
+    def forget_map(self, span: int) -> None:
+        self._maps.pop(span, None)
+
+
+class Store:
+    """An open store. `run` is the writer's task; `close` after it has returned. All on one trio loop."""
+
+    def __init__(self, opened: Opened, limits: Callable[[], Limits], commit_interval_s: float = 1.0) -> None:
+        self._opened = opened
+        self.path = opened.folder
+        self.span_size = opened.record.span_size
+        self.uuid = opened.record.uuid
+        self.segments, self._index = opened.segments, opened.index
+        self.buffer = memoryview(bytearray(READ_MAX))
+        self.disk_reads = trio.CapacityLimiter(DISK_READS_MAX)
+        self.images: dict[str, dict[str, Any]] = {}
+        self._views: dict[ViewNo, StoredView] = {}
+        self._by_image: dict[tuple[str, ViewKind], StoredView] = {}
+        self._maps_known: deque[tuple[StoredView, int]] = deque()
+        self._next_view = opened.counters.view
+        self._next_image = opened.counters.image
+        self.read_errors = 0
+        room = Room(opened.segments, limits)
+
+        def lander(ledger: Ledger) -> Lander:
+            made = Lander(ledger, opened.segments, self.span_size, room)
+            made.continue_segment(opened.append_to)
+            opened.append_to = None  # After a failed commit appends begin in a new segment.
+            return made
+
+        for number, record in opened.views.items():
+            self._add_view(number, record)
+        self._load_images()
+        self.writer = Writer(
+            opened.index,
+            opened.segments,
+            self._ledger(opened.counters, opened.views, opened.segment_records),
+            lander,
+            self._reload,
+            self,
+            commit_interval_s,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        limits: Callable[[], Limits] = lambda: Limits(1 << 62, 0),
+        span_size: int | None = None,
+        commit_interval_s: float = 1.0,
+        map_size: int = MAP_SIZE_FIRST,
+    ) -> Store:
+        """Opens or makes the store in `folder`, recovering what a crash left. Raises StoreUnusable."""
+        return cls(open_store(folder, span_size, map_size), limits, commit_interval_s)
+
+    async def run(self) -> None:
+        await self.writer.run()
+
+    def close(self) -> None:
+        self._opened.close()
+
+    # ── views ──
+
+    def view(self, image: str, kind: ViewKind, size: int) -> StoredView:
+        """The view of `image`, remembered from now on. An image's bytes never change, so a size that differs
+        from the stored one is an error of the origin: StoreError."""
+        found = self._by_image.get((image, kind))
+        if found is not None:
+            if found.size != size:
+                raise StoreError(f"image {image} had {found.size} bytes and is said to have {size}")
+            return found
+        number = ViewNo(self._next_view)
+        self._next_view += 1
+        record = ViewRecord(image, kind, size)
+        self.writer.submit(SetView(number, record))
+        return self._add_view(number, record)
+
+    def known_view(self, image: str, kind: ViewKind) -> StoredView | None:
+        return self._by_image.get((image, kind))
+
+    def set_origin(self, view: StoredView, origin: OriginMode) -> None:
+        """Remembers how the origin gives the image's bytes."""
+        if view.record.origin is not origin:
+            view.record = replace(view.record, origin=origin)
+            self.writer.submit(SetView(view.number, view.record))
+
+    def _add_view(self, number: ViewNo, record: ViewRecord) -> StoredView:
+        view = StoredView(self, number, record)
+        self._views[number] = self._by_image[record.image, record.kind] = view
+        return view
+
+    def keep(self, view: StoredView, offset: int, data: memoryview, done: Callable[[bool], None]) -> None:
+        """Lands `data`, which begins on a page at `offset`, ends on one or at the view's end (padded with
+        zeros to a page), and lies in one span. `done(kept)` is called later, on the loop."""
+        assert offset % PAGE == 0, "what lands begins on a page"
+        assert len(data) % PAGE == 0, "what lands is whole pages"
+        span = SpanNo(offset // self.span_size)
+        self.writer.submit(Land(view.number, span, offset - span * self.span_size, data, done))
+
+    # ── images ──
+
+    def put_image(self, image: str, fields: dict[str, Any]) -> None:
+        """Remembers what is known of an image; writes only what changed."""
+        if self.images.get(image) != fields:
+            number = 0 if image in self.images else int(fields.get("number", 0))
+            self.images[image] = fields
+            self.writer.submit(SetImage(f.image_key(image), f.encode_image(image, fields), number))
+
+    def drop_image(self, image: str) -> None:
+        if self.images.pop(image, None) is not None:
+            self.writer.submit(SetImage(f.image_key(image), None, 0))
+
+    def new_image_number(self) -> int:
+        """A number that no image of this store had or will have."""
+        number = self._next_image
+        self._next_image += 1
+        return number
+
+    def _load_images(self) -> None:
+        with self._index.reading() as snapshot:
+            for key, record in snapshot.items(Table.IMAGES):
+                try:
+                    image, fields = f.decode_image(key, record)
+                except RecordCorrupt as error:
+                    log.error("%s: to be asked for again", error)
+                    continue
+                self.images[image] = fields
+
+    # ── maps ──
+
+    def span_pages(self, size: int, base: int) -> int:
+        return ceil(min(self.span_size, size - base), PAGE) // PAGE
+
+    def load_map(self, view: ViewNo, span: SpanNo, size: int) -> SpanMap:
+        """A span's map, from the ledger and the index below it; runs in a thread."""
+        ledger = self.writer.ledger
+        recipe = ledger.recipe(view, span)
+        if recipe is None:
+            recipe = absent_recipe(self.span_pages(size, span * self.span_size))
+        return SpanMap.of(recipe, ledger.chunk)
+
+    def count_map(self, view: StoredView, span: int) -> None:
+        self._maps_known.append((view, span))
+        if len(self._maps_known) > MAPS_MAX:
+            old, old_span = self._maps_known.popleft()
+            old.forget_map(old_span)
+
+    def note_read_error(self, error: OSError) -> None:
+        """EAGAIN only says that the page is not cached; the rest is counted, and the slow way tries again."""
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            self.read_errors += 1
+
+    # ── what the writer tells ──
+
+    def published(self, landed: Iterable[Landed]) -> None:
+        for span in landed:
+            self._views[span.view].publish(span)
+
+    def went_back(self, views: Mapping[ViewNo, ViewRecord]) -> None:
+        self.rot_found()
+        for number, record in views.items():
+            self._views[number].record = record
+
+    def rot_found(self) -> None:
+        for view in self._views.values():
+            view.forget_maps()
+        self._maps_known.clear()
+
+    # ── ledgers ──
+
+    def _ledger(
+        self,
+        counters: f.Counters,
+        views: Mapping[ViewNo, ViewRecord],
+        segments: Mapping[Any, f.SegmentRecord],
+    ) -> Ledger:
+        return Ledger(_Committed(self._index), counters, views, segments)
+
+    def _reload(self) -> Ledger:
+        with self._index.reading() as snapshot:
+            counters = f.Counters.decode(snapshot.get(Table.META, f.COUNTERS_KEY) or b"")
+            views = {
+                ViewNo(int.from_bytes(key, "big")): ViewRecord.decode(key, record)
+                for key, record in snapshot.items(Table.VIEWS)
+            }
+            segments = {
+                f.SegmentNo(int.from_bytes(key, "big")): f.SegmentRecord.decode(key, record)
+                for key, record in snapshot.items(Table.SEGMENTS)
+            }
+        return self._ledger(counters, views, segments)
+
+    # ── what there is, for `status` ──
+
+    def views(self) -> list[StoredView]:
+        return list(self._views.values())
+
+    def totals(self) -> dict[str, Any]:
+        """For `status`; asks the filesystem, so not for a hot path. Bytes unless said otherwise."""
+        lander = self.writer.lander
+        return {
+            "path": str(self.path),
+            "segments": len(self.segments.files),
+            "bytes_on_disk": self.segments.blocks_bytes(),
+            "bytes_free": self.segments.free_bytes(),
+            "bytes_cached": sum(view.cached for view in self._views.values()),
+            "bytes_landed": lander.bytes_landed,
+            "bytes_shared": lander.bytes_shared,
+            "bytes_zero": lander.bytes_zero,
+            "bytes_not_kept": self.writer.not_kept_bytes,
+            "rotten_chunks_found": lander.rotten_found,
+            "read_errors": self.read_errors,
+            "commits": self.writer.commits,
+            "trouble": self.writer.trouble,
+        }
+
+
+class _Committed:
+    """The index as the ledger sees it: one short snapshot a look-up. What cannot be decoded is not there: it
+    will be fetched again."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def recipe(self, view: ViewNo, span: SpanNo) -> f.Recipe | None:
+        with self._index.reading() as snapshot:
+            try:
+                return snapshot.recipe(view, span)
+            except RecordCorrupt as error:
+                log.error("%s: taken for absent", error)
+                return None
+
+    def chunk(self, chunk: f.ChunkId) -> f.Chunk | None:
+        with self._index.reading() as snapshot:
+            try:
+                return snapshot.chunk(chunk)
+            except RecordCorrupt as error:
+                log.error("%s: taken for lost", error)
+                return None
+
+    def candidates(self, digest: bytes) -> list[f.ChunkId]:
+        with self._index.reading() as snapshot:
+            return snapshot.candidates(digest)

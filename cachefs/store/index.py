@@ -1,0 +1,171 @@
+"""LMDB: everything of the store but the bytes. The only importer of lmdb. Rule: no transaction outlives the
+call that began it, so none can live across an await.
+
+What LMDB asks of its users is met here: one environment per process and never across a fork; read
+transactions are short (a long one would keep freed pages from being used again); a full map grows, which LMDB
+allows only while no transaction is open, so readers pass a gate.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lmdb
+
+from cachefs.errors import StoreUnusable
+from cachefs.store import format as f
+from cachefs.store.format import Chunk, ChunkId, Recipe, SpanNo, Table, ViewNo
+
+MAP_SIZE_FIRST = 256 << 20  # Address space, not disk: LMDB grows its file as it fills it.
+_READERS_MAX = 512
+
+
+@dataclass
+class WriteSet:
+    """One group's changes, as final values: `puts[table][key]` is the record, None where it is to go.
+    `digests_added` and `digests_removed` are (digest, chunk) pairs of the one table with several values."""
+
+    puts: dict[Table, dict[bytes, bytes | None]] = field(default_factory=dict)
+    digests_added: list[tuple[bytes, ChunkId]] = field(default_factory=list)
+    digests_removed: list[tuple[bytes, ChunkId]] = field(default_factory=list)
+
+    def put(self, table: Table, key: bytes, record: bytes | None) -> None:
+        self.puts.setdefault(table, {})[key] = record
+
+    def __bool__(self) -> bool:
+        return bool(self.puts or self.digests_added or self.digests_removed)
+
+
+class Snapshot:
+    """The committed state at one moment. Decodes what it reads; raises RecordCorrupt."""
+
+    def __init__(self, txn: lmdb.Transaction, tables: dict[Table, lmdb._Database]) -> None:
+        self._txn, self._tables = txn, tables
+
+    def get(self, table: Table, key: bytes) -> bytes | None:
+        record = self._txn.get(key, db=self._tables[table])
+        assert not isinstance(record, memoryview), "transactions here copy what they return"
+        return record
+
+    def recipe(self, view: ViewNo, span: SpanNo) -> Recipe | None:
+        key = f.span_key(view, span)
+        record = self.get(Table.SPANS, key)
+        return None if record is None else f.decode_recipe(key, record)
+
+    def chunk(self, chunk: ChunkId) -> Chunk | None:
+        key = f.chunk_key(chunk)
+        record = self.get(Table.CHUNKS, key)
+        return None if record is None else Chunk.decode(key, record)
+
+    def candidates(self, digest: bytes) -> list[ChunkId]:
+        """The chunks that have this digest: usually none or one, several where it was forged."""
+        cursor = self._txn.cursor(self._tables[Table.DIGESTS])
+        if not cursor.set_key(digest):
+            return []
+        return [f.split_chunk_key(bytes(value)) for value in cursor.iternext_dup()]
+
+    def items(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, record) of `table` in the order of the keys, those that begin with `prefix`."""
+        cursor = self._txn.cursor(self._tables[table])
+        if not (cursor.set_range(prefix) if prefix else cursor.first()):
+            return
+        for key, value in cursor:
+            if not bytes(key).startswith(prefix):
+                return
+            yield bytes(key), bytes(value)
+
+
+class Index:
+    """One LMDB environment. Thread-safe; `commit` is to be called by one thread at a time."""
+
+    def __init__(self, path: Path, map_size: int = MAP_SIZE_FIRST) -> None:
+        self.path = path
+        self._gate = threading.Condition()
+        self._readers = 0
+        self._growing = False
+        try:
+            self._env = lmdb.open(
+                str(path),
+                map_size=map_size,
+                max_dbs=len(Table),
+                max_readers=_READERS_MAX,
+                max_spare_txns=8,
+                meminit=False,
+                mode=0o600,
+            )
+            self._env.reader_check()
+            self._tables = {
+                table: self._env.open_db(
+                    table.name.lower().encode(),
+                    dupsort=table is Table.DIGESTS,
+                    dupfixed=table is Table.DIGESTS,
+                )
+                for table in Table
+            }
+        except lmdb.Error as error:
+            raise StoreUnusable(str(path), f"the index cannot be opened: {error}") from error
+
+    @contextmanager
+    def reading(self) -> Iterator[Snapshot]:
+        """A snapshot for the length of a `with`, in which nothing awaits and nothing waits for the disk."""
+        with self._gate:
+            while self._growing:
+                self._gate.wait()
+            self._readers += 1
+        try:
+            with self._env.begin() as txn:
+                yield Snapshot(txn, self._tables)
+        finally:
+            with self._gate:
+                self._readers -= 1
+                if self._growing:
+                    self._gate.notify_all()
+
+    def commit(self, writes: WriteSet) -> None:
+        """Makes `writes` durable, all or nothing. Raises OSError when the disk does not take them."""
+        while True:
+            try:
+                with self._env.begin(write=True) as txn:
+                    self._apply(txn, writes)
+                return
+            except lmdb.MapFullError:
+                self._grow()
+            except lmdb.Error as error:
+                raise OSError(f"the index could not be written: {error}") from error
+
+    def _apply(self, txn: lmdb.Transaction, writes: WriteSet) -> None:
+        for table, records in writes.puts.items():
+            db = self._tables[table]
+            for key in sorted(records):
+                record = records[key]
+                if record is None:
+                    txn.delete(key, db=db)
+                else:
+                    txn.put(key, record, db=db)
+        digests = self._tables[Table.DIGESTS]
+        for digest, chunk in writes.digests_removed:
+            txn.delete(digest, f.chunk_key(chunk), db=digests)
+        for digest, chunk in writes.digests_added:
+            txn.put(digest, f.chunk_key(chunk), db=digests)
+
+    def _grow(self) -> None:
+        with self._gate:
+            self._growing = True
+            while self._readers:
+                self._gate.wait()
+            try:
+                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+            finally:
+                self._growing = False
+                self._gate.notify_all()
+
+    @property
+    def map_size(self) -> int:
+        return int(self._env.info()["map_size"])
+
+    def close(self) -> None:
+        self._env.close()

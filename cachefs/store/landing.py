@@ -1,0 +1,248 @@
+"""How landed bytes become part of the store: cut, compared, shared or appended. Runs in the writer's thread.
+Rule: bytes that are already in the store are never replaced, and a chunk is shared only after its stored bytes
+were compared with the new ones (design §5: xxh3_128 finds, it does not prove).
+
+The order within one landing matters. Chunks are first written to a segment and only then entered in the
+ledger, so that a failed write leaves the ledger as it was and at most some bytes that nothing names.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cachefs.errors import StoreFull
+from cachefs.plan.cutting import cut
+from cachefs.plan.extents import PAGE, ceil
+from cachefs.store.format import (
+    SEGMENT_SIZE,
+    Chunk,
+    ChunkId,
+    Entry,
+    Kind,
+    Punch,
+    Recipe,
+    SegmentNo,
+    SpanNo,
+    ViewNo,
+    digest_of,
+)
+from cachefs.store.ledger import Ledger
+from cachefs.store.recipe import (
+    NO_CHUNK,
+    SpanMap,
+    absent_recipe,
+    absent_runs,
+    present_bytes,
+    replaced,
+)
+from cachefs.store.segments import Segments
+
+log = logging.getLogger(__name__)
+
+
+class Landed(NamedTuple):
+    """A span as it is now. `cached` is how many bytes of the whole view are present."""
+
+    view: ViewNo
+    span: SpanNo
+    map: SpanMap
+    cached: int
+
+
+@dataclass
+class _Plan:
+    """What one landing adds, gathered before anything is written."""
+
+    new: dict[ChunkId, tuple[bytes, memoryview]] = field(default_factory=dict)  # id → (digest, bytes)
+    by_digest: dict[bytes, list[ChunkId]] = field(default_factory=dict)
+
+
+class Lander:
+    """Lands bytes, one span at a time. `room(n)` says whether n bytes may be added."""
+
+    def __init__(self, ledger: Ledger, segments: Segments, span_size: int, room: Callable[[int], bool]) -> None:
+        self._ledger, self._segments, self._span_size = ledger, segments, span_size
+        self._room = room
+        self._segment: SegmentNo | None = None  # The one that is appended to.
+        # Counted since the start, for `status`.
+        self.bytes_landed = self.bytes_shared = self.bytes_zero = 0
+        self.rotten_found = 0
+
+    def continue_segment(self, segment: SegmentNo | None) -> None:
+        """Appends go to `segment` next; to a new one when None."""
+        self._segment = segment
+
+    def span_pages(self, view: ViewNo, span: SpanNo) -> int:
+        size = self._ledger.views[view].size
+        return ceil(min(self._span_size, size - span * self._span_size), PAGE) // PAGE
+
+    def land(self, view: ViewNo, span: SpanNo, start: int, data: memoryview) -> Landed:
+        """Keeps `data`, whole pages from byte `start` of the span. Raises StoreFull or OSError, and then
+        nothing of it is kept."""
+        pages = self.span_pages(view, span)
+        old = self._ledger.recipe(view, span) or absent_recipe(pages)
+        first, count = start // PAGE, len(data) // PAGE
+        plan = _Plan()
+        recipe = old
+        for run_first, run_pages in list(absent_runs(old, self._ledger.usable)):
+            begin, end = max(run_first, first), min(run_first + run_pages, first + count)
+            if begin < end:
+                part = data[(begin - first) * PAGE : (end - first) * PAGE]
+                begin, entries = self._widen(old, begin, end, self._cut(plan, part))
+                recipe = replaced(recipe, begin, sum(e.pages for e in entries), entries)
+        in_pieces = count < pages
+        if in_pieces and self._is_whole(recipe, plan):
+            whole = self._assemble(recipe, plan)
+            if whole is not None:
+                plan = _Plan()
+                recipe = tuple(self._cut(plan, whole))
+        new = self._write(plan, recipe)
+        size = self._ledger.views[view].size - span * self._span_size
+        change = present_bytes(recipe, size) - present_bytes(old, size)
+        self._ledger.set_recipe(view, span, recipe, new, change)
+        return Landed(view, span, SpanMap.of(recipe, self._ledger.chunk), self._ledger.views[view].cached)
+
+    def _is_whole(self, recipe: Recipe, plan: _Plan) -> bool:
+        return not any(absent_runs(recipe, lambda c: c in plan.new or self._ledger.usable(c)))
+
+    @staticmethod
+    def _widen(old: Recipe, begin: int, end: int, entries: list[Entry]) -> tuple[int, list[Entry]]:
+        """The same, reaching over the whole of a chunk that is unusable and only partly covered: what is not
+        covered of it becomes absent, because a recipe cannot keep part of a chunk."""
+        page = 0
+        for entry in old:
+            entry_end = page + entry.pages
+            if entry.kind is Kind.CHUNK:
+                if page < begin < entry_end:
+                    entries = [Entry(Kind.ABSENT, begin - page, NO_CHUNK), *entries]
+                    begin = page
+                if page < end < entry_end:
+                    entries = [*entries, Entry(Kind.ABSENT, entry_end - end, NO_CHUNK)]
+            page = entry_end
+        return begin, entries
+
+    def doubt(self, view: ViewNo, span: SpanNo, page: int) -> None:
+        """Looks again at the chunk that holds `page` of a span, and quarantines it if it is rotten."""
+        at = 0
+        for entry in self._ledger.recipe(view, span) or ():
+            at += entry.pages
+            if page < at:
+                chunk = self._ledger.chunk(entry.chunk) if entry.kind is Kind.CHUNK else None
+                if chunk is not None and not chunk.rotten:
+                    self._check(entry.chunk, chunk, self._read(chunk))
+                return
+
+    # ── cutting and sharing ──
+
+    def _cut(self, plan: _Plan, data: memoryview) -> list[Entry]:
+        entries = []
+        for first, pages, is_hole in cut(data):
+            if is_hole:
+                self.bytes_zero += pages * PAGE
+                entries.append(Entry(Kind.HOLE, pages, NO_CHUNK))
+            else:
+                piece = data[first * PAGE : (first + pages) * PAGE]
+                entries.append(Entry(Kind.CHUNK, pages, self._same_or_new(plan, piece)))
+        return entries
+
+    def _same_or_new(self, plan: _Plan, piece: memoryview) -> ChunkId:
+        digest = digest_of(piece)
+        for chunk_id in plan.by_digest.get(digest, ()):
+            if bytes(plan.new[chunk_id][1]) == bytes(piece):
+                self.bytes_shared += len(piece)
+                return chunk_id
+        for chunk_id, chunk in self._ledger.candidates(digest):
+            if chunk.length == len(piece) and self._stored_is(chunk_id, chunk, piece):
+                self.bytes_shared += len(piece)
+                return chunk_id
+        chunk_id = self._ledger.new_chunk_id()
+        plan.new[chunk_id] = (digest, piece)
+        plan.by_digest.setdefault(digest, []).append(chunk_id)
+        return chunk_id
+
+    def _stored_is(self, chunk_id: ChunkId, chunk: Chunk, piece: memoryview) -> bool:
+        stored = self._read(chunk)
+        if stored == bytes(piece):  # memcmp; comparing a memoryview goes byte by byte.
+            return True
+        self._check(chunk_id, chunk, stored)
+        return False
+
+    def _read(self, chunk: Chunk) -> bytes:
+        try:
+            return self._segments.read(chunk.segment, chunk.offset, chunk.length)
+        except OSError as error:
+            log.error("segment %d, offset %d: %s", chunk.segment, chunk.offset, error)
+            return b""
+
+    def _check(self, chunk_id: ChunkId, chunk: Chunk, stored: bytes) -> bool:
+        if len(stored) == chunk.length and digest_of(stored) == chunk.digest:
+            return True
+        self.rotten_found += 1
+        log.error(
+            "chunk %d (segment %d, offset %d, %d bytes) is rotten: quarantined, to be fetched again",
+            chunk_id, chunk.segment, chunk.offset, chunk.length,
+        )  # fmt: skip
+        self._ledger.mark_rotten(chunk_id)
+        return False
+
+    def _assemble(self, recipe: Recipe, plan: _Plan) -> memoryview | None:
+        """All bytes of a span that has become whole, or None when a stored part of it is rotten: a new chunk
+        made of bytes that nobody checked would turn rot into truth."""
+        whole = memoryview(bytearray(sum(e.pages for e in recipe) * PAGE))
+        at = 0
+        for kind, pages, chunk_id in recipe:
+            length = pages * PAGE
+            if kind is Kind.CHUNK:
+                if chunk_id in plan.new:
+                    whole[at : at + length] = plan.new[chunk_id][1]
+                else:
+                    chunk = self._ledger.chunk(chunk_id)
+                    stored = b"" if chunk is None else self._read(chunk)
+                    if chunk is None or not self._check(chunk_id, chunk, stored):
+                        return None
+                    whole[at : at + length] = stored
+            at += length
+        return whole
+
+    # ── writing ──
+
+    def _write(self, plan: _Plan, recipe: Recipe) -> dict[ChunkId, Chunk]:
+        """Appends what is new and still named by `recipe`; returns it with its place, counted by nobody yet."""
+        named = dict.fromkeys(e.chunk for e in recipe if e.kind is Kind.CHUNK and e.chunk in plan.new)
+        parts = [plan.new[chunk_id][1] for chunk_id in named]
+        total = sum(len(part) for part in parts)
+        if not total:
+            return {}
+        if not self._room(total):
+            raise StoreFull(total)
+        segment, offset = self._place(total)
+        try:
+            self._segments.append(segment, offset, parts)
+        except OSError:
+            self._ledger.advance(segment, offset + total)
+            self._ledger.abandon_bytes(Punch(segment, offset, total))
+            raise
+        self._ledger.advance(segment, offset + total)
+        self.bytes_landed += total
+        placed = {}
+        for chunk_id in named:
+            digest, part = plan.new[chunk_id]
+            pages = len(part) // PAGE
+            placed[chunk_id] = Chunk(segment, offset // PAGE, pages, digest, refs=0)
+            offset += len(part)
+        return placed
+
+    def _place(self, length: int) -> tuple[SegmentNo, int]:
+        if self._segment is not None:
+            end = self._ledger.segments[self._segment].end
+            if end + length <= SEGMENT_SIZE:
+                return self._segment, end
+        # A number whose segment was lost in a failed commit is not given again.
+        segment = SegmentNo(max((*self._ledger.segments, *self._segments.files), default=0) + 1)
+        self._segments.open(segment, create=True)
+        self._ledger.begin_segment(segment)
+        self._segment = segment
+        return segment, 0

@@ -1,0 +1,264 @@
+"""What the store will say once it is committed: recipes, chunks and their counts, in memory. Rule: no I/O but
+short reads of the committed state, and only the writer changes it.
+
+Changes gather in a `Layer`. When the writer commits, the layer is sealed into a `WriteSet` and a new one
+begins above it, so that landing goes on while the disk works. A look-up asks the open layer, then the sealed
+one, then the index; the sealed layer goes once the index holds the same, so each order of events gives the
+same answer. Values in a layer are final: a count is read once, changed here, and written as it is.
+
+A chunk whose count reaches 0 is gone at once for everybody who looks here, so that nothing can come to share
+it between the decision and the commit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from cachefs.plan.extents import Extent, coalesce
+from cachefs.store import format as f
+from cachefs.store.format import (
+    Chunk,
+    ChunkId,
+    Counters,
+    Kind,
+    Punch,
+    Recipe,
+    SegmentNo,
+    SegmentRecord,
+    SpanNo,
+    Table,
+    ViewNo,
+    ViewRecord,
+)
+from cachefs.store.index import WriteSet
+
+
+class Committed(Protocol):
+    """The durable state below the layers: one short look-up each."""
+
+    def recipe(self, view: ViewNo, span: SpanNo) -> Recipe | None: ...
+    def chunk(self, chunk: ChunkId) -> Chunk | None: ...
+    def candidates(self, digest: bytes) -> list[ChunkId]: ...
+
+
+@dataclass
+class Layer:
+    """Changes that are not committed. `chunks[id] is None`: freed. `appended`: segments to sync first."""
+
+    recipes: dict[tuple[ViewNo, SpanNo], Recipe] = field(default_factory=dict)
+    chunks: dict[ChunkId, Chunk | None] = field(default_factory=dict)
+    digests: dict[bytes, list[ChunkId]] = field(default_factory=dict)  # Of chunks first seen in this layer.
+    freed: dict[ChunkId, Chunk] = field(default_factory=dict)
+    segments: set[SegmentNo] = field(default_factory=set)
+    views: dict[ViewNo, ViewRecord] = field(default_factory=dict)
+    images: dict[bytes, bytes | None] = field(default_factory=dict)
+    punches: list[Punch] = field(default_factory=list)
+    punched: list[Punch] = field(default_factory=list)
+    appended: set[SegmentNo] = field(default_factory=set)
+    created_segment: bool = False
+    bytes_appended: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.recipes or self.chunks or self.segments or self.views or self.images or self.punched)
+
+
+class Ledger:
+    """See the module. `segments` and `views` are whole in memory; recipes and chunks are not."""
+
+    def __init__(
+        self,
+        committed: Committed,
+        counters: Counters,
+        views: Mapping[ViewNo, ViewRecord],
+        segments: Mapping[SegmentNo, SegmentRecord],
+    ) -> None:
+        self._committed = committed
+        self.counters = counters
+        self.views = dict(views)
+        self.segments = dict(segments)
+        # The open layer, and below it the sealed one while it is being committed. One tuple, replaced as a
+        # whole: a map may be looked up in a thread while the writer seals.
+        self._layers: tuple[Layer, ...] = (Layer(),)
+
+    @property
+    def open(self) -> Layer:
+        return self._layers[0]
+
+    # ── look-ups ──
+
+    def recipe(self, view: ViewNo, span: SpanNo) -> Recipe | None:
+        for layer in self._layers:
+            if (view, span) in layer.recipes:
+                return layer.recipes[view, span]
+        return self._committed.recipe(view, span)
+
+    def chunk(self, chunk: ChunkId) -> Chunk | None:
+        for layer in self._layers:
+            if chunk in layer.chunks:
+                return layer.chunks[chunk]
+        return self._committed.chunk(chunk)
+
+    def usable(self, chunk: ChunkId) -> bool:
+        found = self.chunk(chunk)
+        return found is not None and not found.rotten
+
+    def candidates(self, digest: bytes) -> list[tuple[ChunkId, Chunk]]:
+        """The living chunks that have this digest, and so may be the same bytes."""
+        ids = dict.fromkeys(self._committed.candidates(digest))
+        for layer in self._layers:
+            ids.update(dict.fromkeys(layer.digests.get(digest, ())))
+        found = ((chunk_id, self.chunk(chunk_id)) for chunk_id in ids)
+        return [(chunk_id, chunk) for chunk_id, chunk in found if chunk is not None and not chunk.rotten]
+
+    # ── changes ──
+
+    def new_chunk_id(self) -> ChunkId:
+        chunk = ChunkId(self.counters.chunk)
+        self.counters = self.counters._replace(chunk=chunk + 1)
+        return chunk
+
+    def set_view(self, view: ViewNo, record: ViewRecord) -> None:
+        self.views[view] = self.open.views[view] = record
+        if view >= self.counters.view:
+            self.counters = self.counters._replace(view=view + 1)
+
+    def set_image(self, key: bytes, record: bytes | None, number: int = 0) -> None:
+        """Keeps what is known of an image; `number` is the one that it was given, if it was."""
+        self.open.images[key] = record
+        if number >= self.counters.image:
+            self.counters = self.counters._replace(image=number + 1)
+
+    def begin_segment(self, segment: SegmentNo) -> None:
+        self.segments[segment] = SegmentRecord()
+        self.open.segments.add(segment)
+        self.open.created_segment = True
+
+    def advance(self, segment: SegmentNo, end: int) -> None:
+        """The segment's bytes up to `end` were written. What no chunk names of them is to be a hole."""
+        record = self.segments[segment]
+        self.open.bytes_appended += end - record.end
+        self.segments[segment] = record._replace(end=end)
+        self.open.segments.add(segment)
+        self.open.appended.add(segment)
+
+    def abandon_bytes(self, punch: Punch) -> None:
+        """Bytes of a segment that were written and that no chunk will name."""
+        self.open.punches.append(punch)
+
+    def punched(self, punches: list[Punch]) -> None:
+        self.open.punched.extend(punches)
+
+    def mark_rotten(self, chunk: ChunkId) -> None:
+        """The stored bytes are not what their digest says: never read or share them again."""
+        found = self.chunk(chunk)
+        if found is not None and not found.rotten:
+            self.open.chunks[chunk] = replace(found, flags=found.flags | f.ROTTEN)
+
+    def set_recipe(
+        self, view: ViewNo, span: SpanNo, recipe: Recipe, new: Mapping[ChunkId, Chunk], cached_change: int
+    ) -> None:
+        """Puts `recipe` in place of the span's. `new` are the chunks among its entries that the ledger does
+        not know (their `refs` are set here); `cached_change` is how many more bytes of the view are present."""
+        change: Counter[ChunkId] = Counter(e.chunk for e in recipe if e.kind is Kind.CHUNK)
+        for entry in self.recipe(view, span) or ():
+            if entry.kind is Kind.CHUNK:
+                change[entry.chunk] -= 1
+        for chunk_id, chunk in new.items():
+            self._enter(chunk_id, chunk)
+        for chunk_id, by in change.items():
+            if by:
+                self._count(chunk_id, by)
+        self.open.recipes[view, span] = recipe
+        if cached_change:
+            record = self.views[view]
+            self.set_view(view, replace(record, cached=record.cached + cached_change))
+
+    def _enter(self, chunk_id: ChunkId, chunk: Chunk) -> None:
+        self.open.chunks[chunk_id] = chunk.with_refs(0)
+        self.open.digests.setdefault(chunk.digest, []).append(chunk_id)
+        self._live(chunk, chunk.length)
+
+    def _count(self, chunk_id: ChunkId, by: int) -> None:
+        chunk = self.chunk(chunk_id)
+        if chunk is None:
+            return  # Its record is lost: the recipe that named it is being replaced, which is the mending.
+        refs = chunk.refs + by
+        if refs > 0:
+            self.open.chunks[chunk_id] = chunk.with_refs(refs)
+            return
+        self.open.chunks[chunk_id] = None
+        self.open.freed[chunk_id] = chunk
+        self.open.punches.append(Punch(chunk.segment, chunk.offset, chunk.length))
+        self._live(chunk, -chunk.length)
+
+    def _live(self, chunk: Chunk, by: int) -> None:
+        record = self.segments[chunk.segment]
+        self.segments[chunk.segment] = record._replace(live=record.live + by)
+        self.open.segments.add(chunk.segment)
+
+    # ── committing ──
+
+    def seal(self) -> tuple[Layer, WriteSet]:
+        """Closes the open layer and begins another. Only when the one before is committed or dropped."""
+        assert len(self._layers) == 1, "one commit at a time"
+        layer = self.open
+        layer.punches = merged(layer.punches)
+        self._layers = (Layer(), layer)
+        return layer, self._encode(layer)
+
+    def committed(self) -> None:
+        """The sealed layer is in the index now."""
+        self._layers = self._layers[:1]
+
+    def uncommitted_segments(self) -> set[SegmentNo]:
+        """Those that were appended to since the last commit."""
+        return {segment for layer in self._layers for segment in layer.appended}
+
+    def take_over(self, lost: Ledger) -> None:
+        """Takes what is no fetched byte from a ledger whose changes could not be committed: views, images,
+        and the numbers that were given."""
+        self.counters = Counters(*map(max, self.counters, lost.counters))
+        for view, record in lost.views.items():
+            known = self.views.get(view)
+            if known is None or known.with_cached(record.cached) != record:
+                self.set_view(view, record.with_cached(known.cached if known is not None else 0))
+        for layer in reversed(lost._layers):
+            self.open.images.update(layer.images)
+
+    def _encode(self, layer: Layer) -> WriteSet:
+        writes = WriteSet()
+        for (view, span), recipe in layer.recipes.items():
+            key = f.span_key(view, span)
+            writes.put(Table.SPANS, key, f.encode_recipe(key, recipe))
+        for chunk_id, chunk in layer.chunks.items():
+            writes.put(Table.CHUNKS, f.chunk_key(chunk_id), None if chunk is None else chunk.encode(chunk_id))
+        for view, record in layer.views.items():
+            writes.put(Table.VIEWS, f.view_key(view), record.encode(view))
+        for key, image in layer.images.items():
+            writes.put(Table.IMAGES, key, image)
+        for segment in layer.segments:
+            writes.put(Table.SEGMENTS, f.segment_key(segment), self.segments[segment].encode(segment))
+        for punch in layer.punches:
+            writes.put(Table.PUNCHES, punch.key, punch.encode())
+        for punch in layer.punched:
+            writes.put(Table.PUNCHES, punch.key, None)
+        for digest, ids in layer.digests.items():
+            writes.digests_added.extend((digest, i) for i in ids if layer.chunks.get(i) is not None)
+        writes.digests_removed.extend((chunk.digest, i) for i, chunk in layer.freed.items())
+        writes.put(Table.META, f.COUNTERS_KEY, self.counters.encode())
+        return writes
+
+
+def merged(punches: list[Punch]) -> list[Punch]:
+    """The same bytes in as few notes as there can be: chunks that lay side by side go in one call."""
+    by_segment: dict[SegmentNo, list[Extent]] = {}
+    for segment, offset, length in punches:
+        by_segment.setdefault(segment, []).append(Extent(offset, offset + length))
+    return [
+        Punch(segment, extent.start, extent.length)
+        for segment, extents in by_segment.items()
+        for extent in coalesce(extents)
+    ]

@@ -1,0 +1,137 @@
+"""The files that hold chunks. Rule: knows segments, offsets and bytes, and nothing of what they mean.
+
+What is assumed of the filesystem: what was written before `fdatasync` returned is there after a power loss;
+`fallocate(PUNCH_HOLE)` gives zeros and frees blocks (where it is not supported, space comes back only with
+the whole segment); a new file is found after its directory was synced.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from cachefs.store.format import SEGMENT_SIZE, Punch, SegmentNo, segment_name
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+RWF_NOWAIT = os.RWF_NOWAIT
+_IOV_MAX = 1000
+
+
+class Segments:
+    """All segment files of one store, open from the start: a lookup of a descriptor is one dict access.
+
+    `files` maps a segment to its descriptor. Descriptors stay open until `close`, so that a number read from
+    `files` cannot come to mean another file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[SegmentNo, int] = {}
+
+    # ── opening ──
+
+    def stored(self) -> Iterator[SegmentNo]:
+        """The segments that there are files for."""
+        for path in sorted(self.folder.glob("*.seg")):
+            if path.stem.isdigit() and path.name == segment_name(SegmentNo(int(path.stem))):
+                yield SegmentNo(int(path.stem))
+
+    def open(self, segment: SegmentNo, *, create: bool = False) -> None:
+        """Opens a file that is there, or, with `create`, makes one that is not."""
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        if create:
+            flags |= os.O_CREAT | os.O_EXCL
+        self.files[segment] = os.open(self.folder / segment_name(segment), flags, 0o600)
+
+    def close(self) -> None:
+        while self.files:
+            os.close(self.files.popitem()[1])
+
+    def remove_stray(self, segment: SegmentNo) -> None:
+        """Removes a file that was never opened here."""
+        assert segment not in self.files
+        (self.folder / segment_name(segment)).unlink()
+
+    # ── bytes ──
+
+    def append(self, segment: SegmentNo, offset: int, parts: Sequence[memoryview]) -> None:
+        """Writes `parts` one behind the other from `offset`. Raises OSError; a part of it may be written."""
+        file = self.files[segment]
+        for begin in range(0, len(parts), _IOV_MAX):
+            some = list(parts[begin : begin + _IOV_MAX])
+            while some:
+                written = os.pwritev(file, some, offset)
+                offset += written
+                while some and written >= len(some[0]):
+                    written -= len(some.pop(0))
+                if some and written:
+                    some[0] = some[0][written:]
+
+    def read(self, segment: SegmentNo, offset: int, length: int) -> bytes:
+        """May return less than `length` where the file ends early; may wait for the disk."""
+        file = self.files.get(segment)
+        return b"" if file is None else os.pread(file, length, offset)
+
+    def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> bool:
+        """Fills `buffer`; False where the file ends early. May wait for the disk."""
+        file = self.files.get(segment)
+        while file is not None and buffer:
+            n = os.preadv(file, (buffer,), offset)
+            if n == 0:
+                break
+            buffer, offset = buffer[n:], offset + n
+        return not buffer
+
+    # ── durability and space ──
+
+    def sync(self, appended: Iterable[SegmentNo], *, created: bool) -> None:
+        """What was appended to these segments before this call is durable after it; with `created`, the
+        files' names too. Raises OSError, after which nothing may be assumed of what they held unsynced."""
+        for segment in appended:
+            os.fdatasync(self.files[segment])
+        if created:
+            sync_folder(self.folder)
+
+    def punch(self, punch: Punch) -> None:
+        """Gives the bytes back to the filesystem; they read as zeros from now on."""
+        file = self.files.get(punch.segment)
+        if file is None:
+            return
+        if _libc.fallocate(file, _KEEP_SIZE | _PUNCH_HOLE, punch.offset, punch.length):
+            code = ctypes.get_errno()
+            if code != errno.EOPNOTSUPP:
+                raise OSError(code, os.strerror(code), segment_name(punch.segment))
+
+    def truncate(self, segment: SegmentNo, end: int) -> None:
+        os.ftruncate(self.files[segment], end)
+
+    def size(self, segment: SegmentNo) -> int:
+        return os.fstat(self.files[segment]).st_size
+
+    def blocks_bytes(self) -> int:
+        """What the segments really occupy, by the filesystem's own count."""
+        return sum(os.fstat(file).st_blocks * 512 for file in self.files.values())
+
+    def free_bytes(self) -> int:
+        """What the filesystem has left for this process."""
+        stat = os.statvfs(self.folder)
+        return stat.f_bavail * stat.f_frsize
+
+
+def sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def room_in(end: int) -> int:
+    """How many bytes a segment whose last byte is before `end` still takes."""
+    return max(0, SEGMENT_SIZE - end)
