@@ -160,9 +160,11 @@ class Absent(StoreError):
 
 
 class OriginError(CachefsError):
-    """Base of what the origin can fail with. `retryable`: another try may help within one read."""
+    """Base of what the origin can fail with. `retries_max`: how many more tries may help within one read, None
+    for as many as the configuration says; the first comes no sooner than `pause_s`."""
 
-    retryable: ClassVar[bool] = False
+    retries_max: ClassVar[int | None] = 0
+    pause_s: ClassVar[float] = 0.0
 
     def __init__(self, image: str, detail: str = "") -> None:
         super().__init__(image, detail)
@@ -185,13 +187,17 @@ class ImageForbidden(OriginError):
 
 
 class OriginUnauthorized(OriginError):
-    """The credentials were refused, also after the token was renewed once."""
+    """The credentials were refused, also after the token was renewed. One more try a second later can help:
+    Keystone counts whole seconds, so a token that is issued in the second of a revocation is born invalid."""
+
+    retries_max = 1
+    pause_s = 1.0
 
 
 class OriginUnavailable(OriginError):
     """No connection, a time-out, a 5xx, or a body cut short: the origin is unwell, the image is not."""
 
-    retryable = True
+    retries_max = None
 
 
 class OriginBusy(OriginUnavailable):
@@ -206,7 +212,7 @@ class OriginBusy(OriginUnavailable):
 class OriginLied(OriginError):
     """An answer that contradicts the request or the metadata (Content-Range, length, size): never data."""
 
-    retryable = True
+    retries_max = None
 
 
 class RangeRefused(OriginError):

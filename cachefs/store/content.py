@@ -14,7 +14,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,22 +202,28 @@ class StoredView:
         await done.wait()
 
     async def load(self, extent: Extent) -> None:
-        """Makes sure that the maps of `extent`'s spans are in memory. Returns without a checkpoint when they
-        are."""
-        for span in self._spans(extent):
-            while span not in self._maps:
-                token = self._loading[span] = object()
-                try:
-                    span_map = await trio.to_thread.run_sync(
-                        self._store.load_map, self.number, span, self.size, limiter=self._store.disk_reads
-                    )
-                finally:
-                    mine = self._loading.get(span) is token
-                    if mine:
-                        del self._loading[span]
-                # `published` or another loader was faster: what we read may be older than what stands there.
-                if mine and span not in self._maps:
-                    self._put_map(span, span_map)
+        """Makes sure that the maps of `extent`'s spans are in memory. No checkpoint when they are."""
+        while missing := [span for span in self._spans(extent) if span not in self._maps]:
+            token = object()
+            for span in missing:
+                self._loading[span] = token
+            try:
+                loaded = await trio.to_thread.run_sync(
+                    self._store.load_maps, self.number, missing, self.size, limiter=self._store.disk_reads
+                )
+            finally:
+                mine = [span for span in missing if self._loading.get(span) is token]
+                for span in mine:
+                    del self._loading[span]
+            # Where `published` or another loader was faster, ours may be older than what stands there.
+            for span in mine:
+                if span not in self._maps:
+                    self._put_map(span, loaded[span])
+
+    def span_of(self, offset: int) -> Extent:
+        """The span that holds the byte at `offset`, cut at the view's end."""
+        start = offset & ~self._mask
+        return Extent(start, min(start + self._mask + 1, self.size))
 
     def absent(self, extent: Extent) -> list[Extent]:
         """The blocks of `extent` that are to be fetched, coalesced. Their spans' maps must be loaded; a span
@@ -394,13 +400,16 @@ class Store:
     def span_pages(self, size: int, base: int) -> int:
         return ceil(min(self.span_size, size - base), PAGE) // PAGE
 
-    def load_map(self, view: ViewNo, span: SpanNo, size: int) -> SpanMap:
-        """A span's map, from the ledger and the index below it; runs in a thread."""
+    def load_maps(self, view: ViewNo, spans: Sequence[SpanNo], size: int) -> dict[SpanNo, SpanMap]:
+        """The maps of spans, from the ledger and the index below it; runs in a thread."""
         ledger = self.writer.ledger
-        recipe = ledger.recipe(view, span)
-        if recipe is None:
-            recipe = absent_recipe(self.span_pages(size, span * self.span_size))
-        return SpanMap.of(recipe, ledger.chunk)
+        maps = {}
+        for span in spans:
+            recipe = ledger.recipe(view, span)
+            if recipe is None:
+                recipe = absent_recipe(self.span_pages(size, span * self.span_size))
+            maps[span] = SpanMap.of(recipe, ledger.chunk)
+        return maps
 
     def count_map(self, view: StoredView, span: int) -> None:
         self._maps_known.append((view, span))

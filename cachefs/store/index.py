@@ -82,7 +82,7 @@ class Snapshot:
 class Index:
     """One LMDB environment. Thread-safe; `commit` is to be called by one thread at a time."""
 
-    def __init__(self, path: Path, map_size: int = MAP_SIZE_FIRST) -> None:
+    def __init__(self, path: Path, map_size: int = MAP_SIZE_FIRST, *, read_only: bool = False) -> None:
         self.path = path
         self._gate = threading.Condition()
         self._readers = 0
@@ -96,13 +96,18 @@ class Index:
                 max_spare_txns=8,
                 meminit=False,
                 mode=0o600,
+                readonly=read_only,
+                create=not read_only,
+                lock=not read_only,  # Only under the store's own lock, so there is no writer to tell.
             )
-            self._env.reader_check()
+            if not read_only:
+                self._env.reader_check()
             self._tables = {
                 table: self._env.open_db(
                     table.name.lower().encode(),
                     dupsort=table is Table.DIGESTS,
                     dupfixed=table is Table.DIGESTS,
+                    create=not read_only,
                 )
                 for table in Table
             }

@@ -109,9 +109,17 @@ def make_folder(folder: Path) -> None:
     """Makes the store's folder, and refuses one that this user does not own or cannot use."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
     except OSError as error:
         raise StoreUnusable(str(folder), f"cannot be made: {error.strerror}") from error
+    require_own(folder)
+
+
+def require_own(folder: Path) -> None:
+    """Refuses a folder that this user does not own or cannot use."""
+    try:
+        owner = folder.stat().st_uid
+    except OSError as error:
+        raise StoreUnusable(str(folder), f"cannot be used: {error.strerror}") from error
     if owner != os.geteuid():
         raise StoreUnusable(str(folder), f"belongs to user {owner}, and this is user {os.geteuid()}")
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):

@@ -1,0 +1,305 @@
+"""Which images there are, as far as this node knows. Rule: only an authoritative 404 ends an image; whatever
+else Glance says or fails to say, known images stay known.
+
+What is known is remembered in the store, so a node starts, lists and opens without Glance. Glance is asked
+rarely: one listing per `listing_ttl_s` however often folders are listed, one question per unknown image and
+`negative_ttl_s`, and one per `listing_ttl_s` for an image that is opened. Concurrent askers share one answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Any
+
+import trio
+
+from cachefs.errors import ImageGone, NoEntry, NotPermitted, OriginError, OriginUnavailable
+from cachefs.namespace import unique_links
+from cachefs.sources import Registry
+from cachefs.store.content import Store
+
+log = logging.getLogger(__name__)
+
+# How long somebody waits for Glance to say what is not needed: a listing, or whether a known image is still
+# active. After that, what is known is the answer, and the question goes on in the background.
+LISTING_WAIT_S = 5.0
+OPEN_WAIT_S = 2.0
+UNKNOWN_WAIT_S = 20.0
+# Glance did not answer: known images are not asked for again for so long.
+UNWELL_S = 10.0
+NEGATIVES_MAX = 10_000
+
+SHOWN = ("active", "deactivated")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What is known of an image. `size` in bytes; `updated_s` in seconds since the epoch. `number` is this
+    store's own, given once."""
+
+    id: str
+    number: int
+    size: int
+    status: str
+    name: str | None = None
+    disk_format: str | None = None
+    container_format: str | None = None
+    updated_s: int = 0
+    owner: str | None = None
+    visibility: str | None = None
+    checksum: str | None = None
+    os_hash_algo: str | None = None
+    os_hash_value: str | None = None
+
+    def may_be(self, other: Image) -> bool:
+        """Whether `other` can be the same image, whose bytes never change. A hash may come late, not change."""
+        return self.size == other.size and all(
+            None in (mine, theirs) or mine == theirs
+            for mine, theirs in ((self.checksum, other.checksum), (self.os_hash_value, other.os_hash_value))
+        )
+
+    @classmethod
+    def from_fields(cls, image: str, stored: dict[str, Any]) -> Image:
+        known = {f.name for f in fields(cls)}
+        return cls(**{**{k: v for k, v in stored.items() if k in known}, "id": image})
+
+
+def from_glance(answer: dict[str, Any], number: int) -> Image | None:
+    """An image from Glance's own fields; None while it has no bytes that could be read."""
+    size = answer.get("size")
+    if answer.get("status") not in SHOWN or not isinstance(size, int) or size < 0:
+        return None
+    return Image(
+        id=str(answer["id"]),
+        number=number,
+        size=size,
+        status=str(answer["status"]),
+        updated_s=_epoch_s(answer.get("updated_at")),
+        **{
+            key: answer.get(key)
+            for key in (
+                "name", "disk_format", "container_format", "owner", "visibility", "checksum", "os_hash_algo",
+                "os_hash_value",
+            )
+        },
+    )  # fmt: skip
+
+
+def _epoch_s(text: object) -> int:
+    try:
+        moment = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
+    except ValueError:
+        return 0
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+class Catalog:
+    """See the module. `run` is its task; everything else is called on the loop."""
+
+    def __init__(
+        self, registry: Registry, store: Store, listing_ttl_s: float = 60.0, negative_ttl_s: float = 10.0
+    ) -> None:
+        self._registry, self._store = registry, store
+        self._listing_ttl_s, self._negative_ttl_s = listing_ttl_s, negative_ttl_s
+        self._images: dict[str, Image] = {}
+        self._by_number: dict[int, Image] = {}
+        self._links: dict[bytes, int] | None = None
+        self._checked_s: dict[str, float] = {}
+        self._unknown_until_s: dict[str, float] = {}
+        self._listed_s = self._unwell_until_s = -float("inf")
+        self._listed: set[str] | None = None
+        self._asking: dict[str, _Question] = {}
+        self._nursery: trio.Nursery | None = None
+        self.on_gone: Callable[[Image], None] = lambda image: None
+        self.last_error: str | None = None
+        self.listings = self.questions = 0
+        for image, stored in store.images.items():
+            self._know(Image.from_fields(image, stored))
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    # ── what is known, without asking ──
+
+    def by_number(self, number: int) -> Image | None:
+        return self._by_number.get(number)
+
+    def known(self, image: str) -> Image | None:
+        return self._images.get(image)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @property
+    def links(self) -> dict[bytes, int]:
+        """`by-name`: name to image number."""
+        if self._links is None:
+            self._links = unique_links((image.name, image.number) for image in self.shown())
+        return self._links
+
+    def shown(self) -> list[Image]:
+        """What a listing shows, in the order of the numbers: what Glance last listed, or all that is known
+        while it has not answered yet."""
+        listed = self._listed
+        found = self._images.values()
+        return sorted(
+            (image for image in found if listed is None or image.id in listed), key=lambda image: image.number
+        )
+
+    # ── asking ──
+
+    async def lookup(self, image: str) -> Image:
+        """The image, asked for only when it is not known. Raises NoEntry, or OriginError when Glance cannot
+        say whether there is one."""
+        found = self._images.get(image)
+        if found is not None:
+            return found
+        if trio.current_time() < self._unknown_until_s.get(image, 0.0):
+            raise NoEntry(image)
+        await self._ask(image, lambda: self._ask_one(image), UNKNOWN_WAIT_S)
+        found = self._images.get(image)
+        if found is None:
+            raise NoEntry(image)
+        return found
+
+    async def openable(self, image: str) -> Image:
+        """The image, if it may be opened now: looked at anew when that was long ago and Glance is well. Raises
+        NoEntry when it is gone, NotPermitted when it is deactivated."""
+        now = trio.current_time()
+        stale = now >= self._checked_s.get(image, -float("inf")) + self._listing_ttl_s
+        if image in self._images and stale and now >= self._unwell_until_s:
+            try:
+                await self._ask(image, lambda: self._ask_one(image), OPEN_WAIT_S)
+            except OriginError as error:
+                log.debug("[image %s] taken as known: %s", image, error)
+        found = await self.lookup(image)
+        if found.status != "active":
+            raise NotPermitted(f"image {image} is {found.status}")
+        return found
+
+    async def listing(self) -> list[Image]:
+        """All images to show, from Glance when the last listing is older than the TTL and it answers soon."""
+        now = trio.current_time()
+        if now >= self._listed_s + self._listing_ttl_s and now >= self._unwell_until_s:
+            try:
+                await self._ask("", self._ask_all, LISTING_WAIT_S)
+            except OriginError as error:
+                log.debug("listed as known: %s", error)
+        return self.shown()
+
+    async def _ask(self, key: str, ask: Callable[[], Awaitable[None]], wait_s: float) -> None:
+        """Waits for the answer to a question that is put once however many wait for it."""
+        assert self._nursery is not None, "the catalog is not running"
+        question = self._asking.get(key)
+        if question is None:
+            question = self._asking[key] = _Question()
+            self._nursery.start_soon(self._put, key, question, ask)
+        with trio.move_on_after(wait_s):
+            await question.answered.wait()
+            if question.error is not None:
+                raise question.error.again()
+            return
+        self._unwell_until_s = trio.current_time() + UNWELL_S
+        raise OriginUnavailable(key or "(all)", f"no answer within {wait_s} s")
+
+    async def _put(self, key: str, question: _Question, ask: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await ask()
+            self.last_error = None
+        except OriginError as error:
+            question.error = error
+            self._unwell_until_s = trio.current_time() + UNWELL_S
+            if self.last_error is None:
+                log.warning("Glance cannot say what there is; known images stay: %s", error)
+            self.last_error = str(error)
+        finally:
+            del self._asking[key]
+            question.answered.set()
+
+    async def _ask_one(self, image: str) -> None:
+        self.questions += 1
+        try:
+            answer = await self._registry.image(image)
+        except ImageGone:
+            self._gone(image)
+            return
+        self._unwell_until_s = -float("inf")
+        self._take(answer)
+
+    async def _ask_all(self) -> None:
+        self.listings += 1
+        answers = await self._registry.images()
+        self._unwell_until_s = -float("inf")
+        self._listed_s = trio.current_time()
+        taken = [self._take(answer) for answer in answers]
+        listed = {image.id for image in taken if image is not None}
+        # What is known and was not listed may have gone, or be hidden from this account: asked when opened.
+        for unlisted in set(self._images) - listed:
+            self._checked_s.pop(unlisted, None)
+        self._listed = listed
+        self._links = None
+
+    # ── learning ──
+
+    def _take(self, answer: dict[str, Any]) -> Image | None:
+        id_ = str(answer.get("id"))
+        known = self._images.get(id_)
+        if str(answer.get("status")) in ("deleted", "pending_delete"):
+            self._gone(id_)
+            return None
+        number = known.number if known is not None else 0
+        image = from_glance(answer, number)
+        if image is None:
+            self._remember_unknown(id_)
+            return None
+        if known is not None and not known.may_be(image):
+            log.error("[image %s] is said to have other bytes than it had: not believed", id_)
+            return known
+        if number == 0:
+            image = from_glance(answer, self._store.new_image_number())
+            assert image is not None
+        self._know(image)
+        self._checked_s[id_] = trio.current_time()
+        self._unknown_until_s.pop(id_, None)
+        stored = asdict(image)
+        del stored["id"]
+        self._store.put_image(id_, stored)
+        return image
+
+    def _know(self, image: Image) -> None:
+        if self._images.get(image.id) != image:
+            self._links = None
+        self._images[image.id] = self._by_number[image.number] = image
+        if self._listed is not None:
+            self._listed.add(image.id)
+
+    def _gone(self, image: str) -> None:
+        self._remember_unknown(image)
+        known = self._images.pop(image, None)
+        if known is None:
+            return
+        log.info("[image %s] Glance has it no more", image)
+        del self._by_number[known.number]
+        self._links = None
+        self._store.drop_image(image)
+        self.on_gone(known)
+
+    def _remember_unknown(self, image: str) -> None:
+        if len(self._unknown_until_s) >= NEGATIVES_MAX:
+            self._unknown_until_s.clear()
+        self._unknown_until_s[image] = trio.current_time() + self._negative_ttl_s
+
+
+class _Question:
+    """One question to Glance, and everybody who waits for its answer."""
+
+    def __init__(self) -> None:
+        self.answered = trio.Event()
+        self.error: OriginError | None = None

@@ -1,0 +1,155 @@
+"""The composition root: builds everything, owns the nurseries, shuts down in a visible order. Rule: no decision
+about bytes is made here.
+
+Tasks are one tree. `services` holds what reads stand on (writer, fetcher, catalog); `serving` what asks for
+them (the kernel's requests, the control socket, signals). Serving ends first; then flights are abandoned, what
+has landed is committed, and the store is closed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import trio
+
+from cachefs import __version__
+from cachefs.blocks import Blocks
+from cachefs.catalog import Catalog
+from cachefs.config import Config
+from cachefs.control import ControlServer
+from cachefs.fetcher import Fetcher
+from cachefs.fuse import Filesystem, Mount
+from cachefs.notify import notify
+from cachefs.sources.glance import Glance
+from cachefs.status import Status
+from cachefs.store.content import Limits, Store
+
+log = logging.getLogger(__name__)
+
+# Landing and fetching run in threads beside the loop; by default one of them keeps Python's lock for 5 ms when
+# another wants it, which is the time of a hundred hits.
+SWITCH_INTERVAL_S = 0.0005
+STATUS_INTERVAL_S = 10.0
+
+
+def run(config: Config) -> None:
+    """Runs the daemon until SIGTERM, SIGINT or an unmount. Raises CachefsError when it cannot start."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _raise_file_limit()
+    trio.run(_main, config)
+
+
+async def _main(config: Config) -> None:
+    store = Store.open(
+        Path(config.store.path),
+        lambda: _limits(config),
+        config.store.span_size,
+        config.store.commit_interval,
+    )
+    try:
+        glance = Glance(config.glance.auth)
+        fetcher = Fetcher(glance, store, config.glance.connections, config.glance.retries)
+        blocks = Blocks(fetcher, config.mount.read_deadline)
+        catalog = Catalog(glance, store, config.glance.listing_ttl, config.glance.negative_ttl)
+        filesystem = Filesystem(config.mount, catalog, store, blocks, config.glance.negative_ttl)
+        mount = Mount(filesystem, config.mount)
+        catalog.on_gone = mount.forget
+        status = Status(mount.mountpoint, store, fetcher, blocks, catalog, filesystem)
+        control = ControlServer(config.control.socket, status.handlers())
+        await _serve(store, fetcher, catalog, mount, control, status)
+    finally:
+        store.close()
+    log.info("stopped")
+
+
+async def _serve(
+    store: Store, fetcher: Fetcher, catalog: Catalog, mount: Mount, control: ControlServer, status: Status
+) -> None:
+    async with trio.open_nursery() as writing:
+        writing.start_soon(store.run)
+        try:
+            async with trio.open_nursery() as services:
+                await services.start(fetcher.run)
+                await services.start(catalog.run)
+                try:
+                    await control.open()
+                    mount.open()
+                    async with trio.open_nursery() as serving:
+                        serving.start_soon(_until_signalled, serving.cancel_scope)
+                        serving.start_soon(control.serve)
+                        serving.start_soon(_report, status)
+                        notify(READY="1", STATUS=f"mounted on {mount.mountpoint}")
+                        log.info("cachefs %s: mounted on %s, store %s", __version__, mount.mountpoint, store.path)
+                        await mount.serve()
+                        serving.cancel_scope.cancel()
+                finally:
+                    # 1. No more requests: whoever has a file open gets errors from now on.
+                    notify(STOPPING="1", STATUS="unmounting")
+                    mount.close()
+                    control.close()
+                    # 2. Flights are abandoned.
+                    services.cancel_scope.cancel()
+        finally:
+            # 3. What has landed is committed; `writing` waits for it.
+            notify(STATUS="committing what was fetched")
+            store.writer.stop()
+
+
+async def _until_signalled(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+        async for number in signals:
+            if number == signal.SIGUSR1:
+                log_stacks()
+                continue
+            log.info("stopping: %s", signal.Signals(number).name)
+            scope.cancel()
+            return
+
+
+async def _report(status: Status) -> None:
+    """Keeps the line that `systemctl status` shows."""
+    while True:
+        await trio.sleep(STATUS_INTERVAL_S)
+        now = await status.status({})
+        notify(
+            STATUS=f"{now['images']['open']} images open, {now['reads']['waiting']} reads waiting, "
+            f"{now['store']['bytes_cached'] >> 20} MiB cached"
+        )
+
+
+def log_stacks() -> None:
+    """Logs where every task stands, and every thread on stderr: what SIGUSR1 is for."""
+    root = trio.lowlevel.current_root_task()
+    for depth, task in _tasks(root, 0) if root is not None else ():
+        frames = traceback.StackSummary.extract(task.iter_await_frames())
+        log.warning("task %s%s\n%s", "  " * depth, task.name, "".join(frames.format()).rstrip())
+    faulthandler.dump_traceback(all_threads=True)
+
+
+def _tasks(task: trio.lowlevel.Task, depth: int) -> Iterator[tuple[int, trio.lowlevel.Task]]:
+    yield depth, task
+    for nursery in task.child_nurseries:
+        for child in nursery.child_tasks:
+            yield from _tasks(child, depth + 1)
+
+
+def _limits(config: Config) -> Limits:
+    """The store's bounds in bytes, for the filesystem as large as it is now."""
+    import os
+
+    stat = os.statvfs(config.store.path)
+    total = stat.f_blocks * stat.f_frsize
+    return Limits(config.store.max_size.of(total), config.store.min_free.of(total))
+
+
+def _raise_file_limit() -> None:
+    """Every segment stays open."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

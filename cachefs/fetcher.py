@@ -1,0 +1,436 @@
+"""Flights: every fetch under way, and who waits for it. Rule: at most one flight at a time is to bring any one
+block, and a flight belongs to this module's nursery, never to the reader that happened to start it.
+
+A flight receives one extent in order, into slabs that do not cross a span. What has arrived can be read from
+its slab at once; a full slab is handed to the store and let go when the store has it. All slabs together are
+bounded (`MEMORY_MAX`): a flight that finds no room waits, and so does the origin behind it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import trio
+
+from cachefs.errors import OriginBusy, OriginError, OriginLied, RangeRefused
+from cachefs.plan.extents import BLOCK, PAGE, Extent, ceil, subtract
+from cachefs.plan.windows import Link
+from cachefs.sources import Source, Timing
+from cachefs.store.content import Store, StoredView
+from cachefs.store.format import OriginMode
+
+log = logging.getLogger(__name__)
+
+MEMORY_MAX = 64 << 20
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.2, 5.0
+
+
+class Priority(IntEnum):
+    """Who is served first. Hydration will stand below READAHEAD."""
+
+    DEMAND = 0
+    READAHEAD = 1
+
+
+@dataclass(eq=False)
+class Slab:
+    """A piece of a flight within one span. `data` is whole pages; `filled` bytes of it have arrived."""
+
+    start: int
+    length: int
+    data: memoryview
+    filled: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(eq=False)
+class Flight:
+    """One fetch: `extent` of `view`; everything before `at` has arrived."""
+
+    view: StoredView
+    extent: Extent
+    priority: Priority
+    whole: bool = False  # One stream of the whole image, which begins at its first byte again on each try.
+    at: int = 0
+    slabs: list[Slab] = field(default_factory=list)
+    waiting: list[tuple[int, trio.Event]] = field(default_factory=list)
+    error: OriginError | None = None
+    started: bool = False
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.at = self.extent.start
+
+    def brings(self, offset: int) -> bool:
+        """Whether the byte at `offset` is still to come."""
+        return not self.over and self.at <= offset < self.extent.end
+
+    def slab_at(self, offset: int) -> Slab | None:
+        """The slab in which the byte at `offset` has arrived."""
+        for slab in self.slabs:
+            if slab.start <= offset < slab.start + slab.filled:
+                return slab
+        return None
+
+    async def wait_for(self, offset: int) -> None:
+        """Returns when the bytes before `offset` have arrived, or the flight is over; raises its error anew."""
+        if not self.over and self.at < min(offset, self.extent.end):
+            event = trio.Event()
+            self.waiting.append((min(offset, self.extent.end), event))
+            await event.wait()
+        if self.error is not None and self.at < offset:
+            raise self.error.again()
+
+    def wake(self) -> None:
+        if self.waiting:
+            still = []
+            for until, event in self.waiting:
+                if self.over or until <= self.at:
+                    event.set()
+                else:
+                    still.append((until, event))
+            self.waiting = still
+
+
+class _Slots:
+    """A bound on flights at once: the most urgent first, first come first served; the last `reserved` ones
+    are for demand alone, so that reading ahead never makes a guest wait for a place."""
+
+    def __init__(self, total: int) -> None:
+        self._free = total
+        self._reserved = min(2, total - 1)
+        self._waiting: list[tuple[Priority, int, trio.Event]] = []
+        self._order = itertools.count()
+
+    async def take(self, priority: Priority) -> None:
+        if not self._waiting and self._may(priority):
+            self._free -= 1
+            return
+        event = trio.Event()
+        entry = (priority, next(self._order), event)
+        heapq.heappush(self._waiting, entry)
+        try:
+            await event.wait()
+        except trio.Cancelled:
+            if event.is_set():
+                self.give_back()
+            else:
+                self._waiting.remove(entry)
+                heapq.heapify(self._waiting)
+            raise
+
+    def give_back(self) -> None:
+        self._free += 1
+        while self._waiting and self._may(self._waiting[0][0]):
+            self._free -= 1
+            heapq.heappop(self._waiting)[2].set()
+
+    def _may(self, priority: Priority) -> bool:
+        return self._free > (0 if priority is Priority.DEMAND else self._reserved)
+
+
+class _Memory:
+    """A bound on the bytes of all slabs. Served in order, so that nobody starves."""
+
+    def __init__(self, total: int) -> None:
+        self._free = total
+        self.total = total
+        self._waiting: dict[trio.Event, int] = {}
+
+    @property
+    def used(self) -> int:
+        return self.total - self._free
+
+    async def take(self, n: int) -> None:
+        if not self._waiting and n <= self._free:
+            self._free -= n
+            return
+        event = trio.Event()
+        self._waiting[event] = n
+        try:
+            await event.wait()
+        except trio.Cancelled:
+            if event.is_set():
+                self.give_back(n)
+            else:
+                del self._waiting[event]
+            raise
+
+    def give_back(self, n: int) -> None:
+        self._free += n
+        while self._waiting:
+            event, wanted = next(iter(self._waiting.items()))
+            if wanted > self._free:
+                return
+            del self._waiting[event]
+            self._free -= wanted
+            event.set()
+
+
+@dataclass
+class Counts:
+    """Since the start, for `status`."""
+
+    requests: int = 0
+    bytes_fetched: int = 0
+    retries: int = 0
+    failures: int = 0
+
+
+class Fetcher:
+    """Starts flights and keeps what is under way. `run` is its task; everything else is called on the loop.
+
+    `connections` bounds the requests at once, `retries` the tries after the first that bring nothing new.
+    """
+
+    def __init__(
+        self, source: Source, store: Store, connections: int, retries: int, memory_max: int = MEMORY_MAX
+    ) -> None:
+        self._source, self._store, self._retries = source, store, retries
+        self._slots = _Slots(connections)
+        self._memory = _Memory(max(memory_max, store.span_size))
+        self._nursery: trio.Nursery | None = None
+        self._flights: dict[StoredView, list[Flight]] = {}
+        self.link = Link()
+        self.counts = Counts()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled; what is under way then is abandoned."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    # ── what is under way ──
+
+    @property
+    def memory_used(self) -> int:
+        return self._memory.used
+
+    def flights(self) -> Iterator[Flight]:
+        for flights in self._flights.values():
+            yield from flights
+
+    def slab_at(self, view: StoredView, offset: int) -> Slab | None:
+        """Where the byte at `offset` has arrived, if it has and the store does not have it yet."""
+        for flight in self._flights.get(view, ()):
+            slab = flight.slab_at(offset)
+            if slab is not None:
+                return slab
+        return None
+
+    def flight_for(self, view: StoredView, offset: int) -> Flight | None:
+        """The flight that is to bring the byte at `offset`."""
+        for flight in self._flights.get(view, ()):
+            if flight.brings(offset):
+                return flight
+        return None
+
+    def not_under_way(self, view: StoredView, extent: Extent) -> list[Extent]:
+        """What of `extent` no flight brings or holds."""
+        taken = []
+        for flight in self._flights.get(view, ()):
+            if not flight.over:
+                taken.append(Extent(flight.at, flight.extent.end))
+            taken.extend(Extent(slab.start, slab.start + slab.filled) for slab in flight.slabs)
+        return subtract(extent, taken)
+
+    # ── starting ──
+
+    def spawn(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Runs `work` in the fetcher's nursery: what a reader set off and does not wait for."""
+        assert self._nursery is not None, "the fetcher is not running"
+        self._nursery.start_soon(work, *args)
+
+    def start(self, view: StoredView, extent: Extent, priority: Priority) -> Flight:
+        """Begins to fetch `extent`, whole blocks that nothing brings yet. Where the origin gives no ranges,
+        this is the flight of the whole image."""
+        assert self._nursery is not None, "the fetcher is not running"
+        if view.record.origin is OriginMode.STREAM:
+            return self._begin(Flight(view, Extent(0, view.size), priority, whole=True))
+        for queued in self._flights.get(view, ()):
+            if not queued.started and not queued.whole and queued.extent.end == extent.start:
+                queued.extent = Extent(queued.extent.start, extent.end)
+                return queued
+        return self._begin(Flight(view, extent, priority))
+
+    def _begin(self, flight: Flight) -> Flight:
+        assert self._nursery is not None
+        self._flights.setdefault(flight.view, []).append(flight)
+        self._nursery.start_soon(self._fly, flight)
+        return flight
+
+    def _forget(self, flight: Flight) -> None:
+        flights = self._flights[flight.view]
+        if flight.over and not flight.slabs and flight in flights:
+            flights.remove(flight)
+            if not flights:
+                del self._flights[flight.view]
+
+    # ── flying ──
+
+    async def _fly(self, flight: Flight) -> None:
+        try:
+            await self._slots.take(flight.priority)
+            try:
+                flight.started = True
+                await self._try(flight)
+            finally:
+                self._slots.give_back()
+        except OriginError as error:
+            flight.error = error
+            self.counts.failures += 1
+            log.warning("[image %s] %s", flight.view.record.image, error)
+        finally:
+            flight.over = True
+            self._drop_unfilled(flight)
+            flight.wake()
+            self._forget(flight)
+
+    async def _try(self, flight: Flight) -> None:
+        tries = 0
+        while flight.at < flight.extent.end:
+            best = flight.at
+            try:
+                await self._request(flight)
+            except RangeRefused:
+                if flight.whole:
+                    raise
+                self._become_whole(flight)
+            except OriginError as error:
+                tries = tries + 1 if flight.at <= best else 1
+                allowed = self._retries if error.retries_max is None else min(error.retries_max, self._retries)
+                if tries > allowed:
+                    raise
+                self.counts.retries += 1
+                log.debug("[image %s] %s: trying again", flight.view.record.image, error)
+                await trio.sleep(self._pause_s(tries, error))
+
+    @staticmethod
+    def _pause_s(tries: int, error: OriginError) -> float:
+        """Doubling, with jitter over its whole length, so that a thousand nodes do not come back at once."""
+        pause = min(BACKOFF_FIRST_S * 2.0 ** (tries - 1), BACKOFF_MAX_S) * random.uniform(0.5, 1.0)
+        return max(pause, error.pause_s, error.retry_after if isinstance(error, OriginBusy) else 0.0)
+
+    async def _request(self, flight: Flight) -> None:
+        view = flight.view
+        sink = _FlightSink(self, flight, 0 if flight.whole else flight.at)
+        self.counts.requests += 1
+        try:
+            if flight.whole:
+                timing = await self._source.stream(view.record.image, view.size, sink)
+            else:
+                timing = await self._source.fetch(
+                    view.record.image, view.size, Extent(flight.at, flight.extent.end), sink
+                )
+        finally:
+            sink.close()
+        if sink.at != flight.extent.end:
+            raise OriginLied(view.record.image, f"the body ended at {sink.at}, not at {flight.extent.end}")
+        self._learn(flight, sink, timing)
+
+    def _learn(self, flight: Flight, sink: _FlightSink, timing: Timing) -> None:
+        if not flight.whole and flight.view.record.origin is OriginMode.UNKNOWN:
+            self._store.set_origin(flight.view, OriginMode.RANGES)
+        # Flights share the link: what one of them got is its part of it.
+        at_once = sum(1 for f in self.flights() if f.started and not f.over)
+        length = flight.extent.end - sink.start
+        self.link.observe(timing.first_byte_s, length * at_once, max(timing.body_s - sink.waited_s, 1e-6))
+
+    def _become_whole(self, flight: Flight) -> None:
+        """This image comes as one stream or not at all: so does this flight, unless one is on its way."""
+        view = flight.view
+        self._store.set_origin(view, OriginMode.STREAM)
+        other = next((f for f in self._flights[view] if f.whole and not f.over), None)
+        if other is not None:
+            flight.extent = Extent(flight.at, flight.at)  # Its waiters look again, and find the other.
+            return
+        flight.whole = True
+        flight.extent = Extent(0, view.size)
+        flight.at = 0
+
+    # ── slabs ──
+
+    async def new_slab(self, flight: Flight, start: int) -> Slab:
+        span = self._store.span_size
+        end = min(start - start % span + span, flight.extent.end)
+        length = ceil(end - start, PAGE)
+        await self._memory.take(length)
+        slab = Slab(start, end - start, memoryview(bytearray(length)))
+        flight.slabs.append(slab)
+        return slab
+
+    def drop_slab(self, flight: Flight, slab: Slab) -> None:
+        flight.slabs.remove(slab)
+        self._memory.give_back(len(slab.data))
+
+    def keep_slab(self, flight: Flight, slab: Slab) -> None:
+        """Hands what has arrived to the store: whole blocks, or up to the view's end."""
+        if not slab.filled or not flight.view.absent(Extent(slab.start, slab.start + slab.filled)):
+            self.drop_slab(flight, slab)
+            return
+
+        def done(kept: bool) -> None:
+            self.drop_slab(flight, slab)
+            self._forget(flight)
+
+        data = slab.data[: ceil(slab.filled, PAGE)].toreadonly()
+        self._store.keep(flight.view, slab.start, data, done)
+
+    def _drop_unfilled(self, flight: Flight) -> None:
+        for slab in list(flight.slabs):
+            if not slab.filled:
+                self.drop_slab(flight, slab)
+
+
+class _FlightSink:
+    """Takes one request's body into its flight's slabs. A stream that begins again fills what is behind the
+    flight's `at` into slabs that nobody waits for."""
+
+    def __init__(self, fetcher: Fetcher, flight: Flight, start: int) -> None:
+        self._fetcher, self._flight = fetcher, flight
+        self._slab: Slab | None = None
+        self.start = self.at = start
+        self.waited_s = 0.0
+
+    async def room(self) -> memoryview:
+        if self._slab is None:
+            began_s = trio.current_time()
+            if self.at >= self._flight.extent.end:
+                raise OriginLied(self._flight.view.record.image, "more bytes came than were asked for")
+            self._slab = await self._fetcher.new_slab(self._flight, self.at)
+            self.waited_s += trio.current_time() - began_s
+        return self._slab.data[self._slab.filled : self._slab.length]
+
+    def arrived(self, n: int) -> None:
+        slab, flight = self._slab, self._flight
+        assert slab is not None, "room comes first"
+        slab.filled += n
+        self.at += n
+        self._fetcher.counts.bytes_fetched += n
+        if slab.filled == slab.length:
+            self._slab = None
+            self._fetcher.keep_slab(flight, slab)
+        flight.at = max(flight.at, self.at)
+        flight.wake()
+
+    def close(self) -> None:
+        """The request is over: what it brought of an unfinished slab is worth keeping."""
+        slab, self._slab = self._slab, None
+        if slab is None:
+            return
+        flight = self._flight
+        loose = slab.filled % BLOCK if self.at != flight.view.size else 0
+        if flight.at == self.at:
+            flight.at -= loose  # The next try begins on a block again.
+        slab.filled -= loose
+        self._fetcher.keep_slab(flight, slab)

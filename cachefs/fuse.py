@@ -1,0 +1,401 @@
+"""pyfuse3 operation → namespace, catalog and view. The only importer of pyfuse3. Rule: nothing here knows how
+bytes are kept or fetched; errors become errnos here and nowhere else.
+
+A read that can be answered from memory and the page cache returns without an await, so that one task serves it
+from the kernel's request to its reply. The rest waits in a task of its own; there may be many (TASKS_MAX), and
+the kernel is told to let as many through, so that reads which wait for Glance do not hold up those that do not.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import re
+import stat
+import subprocess
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, TypeVarTuple
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
+
+from cachefs.blocks import Blocks
+from cachefs.catalog import Catalog, Image
+from cachefs.config import MountConfig
+from cachefs.errors import CachefsError, MountError, NoEntry, NotPermitted, OriginError
+from cachefs.namespace import FOLDERS, Folder, Node, Slot, image_id, inode_of, node_of
+from cachefs.store.content import Store, StoredView
+from cachefs.store.format import ViewKind
+from cachefs.views import Buffer, View
+from cachefs.views.original import OriginalView
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+Args = TypeVarTuple("Args")
+
+TASKS_MAX = 16384
+TASKS_IDLE_MAX = 8
+BACKGROUND_MAX = 65535  # What the kernel's field holds.
+CONNECTIONS = Path("/sys/fs/fuse/connections")
+
+# Bytes never change, sizes neither; how much is cached does, until all of it is. In seconds.
+ATTR_TIMEOUT_S, ATTR_TIMEOUT_PARTIAL_S = 3600.0, 1.0
+ENTRY_TIMEOUT_S = 60.0
+
+XATTR_PREFIX = b"user.cachefs."
+
+
+class Filesystem(pyfuse3.Operations):
+    """The mounted tree. `open_count` tells how many handles each image has."""
+
+    def __init__(
+        self, config: MountConfig, catalog: Catalog, store: Store, blocks: Blocks, negative_ttl_s: float
+    ) -> None:
+        super().__init__()
+        self._config, self._catalog, self._store, self._blocks = config, catalog, store, blocks
+        self._negative_ttl_s = negative_ttl_s
+        self._open: dict[int, tuple[View, str]] = {}
+        self._folders: dict[int, tuple[Folder, Sequence[tuple[bytes, int]]]] = {}
+        self._handles = itertools.count(1)
+        self.open_count: Counter[str] = Counter()
+        self.hits = 0
+
+    # ── reading ──
+
+    async def read(self, fh: int, off: int, size: int) -> Any:
+        view = self._open[fh][0]
+        data = view.read_now(off, size)
+        if data is not None:
+            self.hits += 1
+            return data
+        return await _answer(self._read_slowly, view, off, size)
+
+    async def _read_slowly(self, view: View, off: int, size: int) -> Buffer:
+        try:
+            return await view.read(off, size)
+        except OriginError as error:
+            # Whatever the origin says of the image, this file is open: its bytes could not be had.
+            log.debug("read of %d bytes at %d: %s", size, off, error)
+            raise FUSEError(errno.EIO) from None
+
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return await _answer(self._open_image, inode, flags)
+
+    async def _open_image(self, inode: int, flags: int) -> FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EROFS)
+        image = await self._catalog.openable(self._image(inode).id)
+        view = OriginalView(self._store.view(image.id, ViewKind.ORIGINAL, image.size), self._blocks)
+        handle = next(self._handles)
+        self._open[handle] = (view, image.id)
+        self.open_count[image.id] += 1
+        return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
+
+    async def release(self, fh: int) -> None:
+        image = self._open.pop(fh)[1]
+        self.open_count[image] -= 1
+        if not self.open_count[image]:
+            del self.open_count[image]
+
+    # ── names and attributes ──
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return await _answer(self._lookup, parent_inode, name)
+
+    async def _lookup(self, parent: int, name: bytes) -> EntryAttributes:
+        try:
+            if parent == Folder.ROOT:
+                return self._attributes(FOLDERS[name])
+            if parent == Folder.IMAGES and (id_ := image_id(name)) is not None:
+                return self._attributes(Node(Slot.ORIGINAL, (await self._catalog.lookup(id_)).number))
+            if parent == Folder.BY_NAME:
+                await self._catalog.listing()
+                return self._attributes(Node(Slot.LINK, self._catalog.links[name]))
+        except (KeyError, NoEntry):
+            pass
+        missing = EntryAttributes()
+        missing.st_ino = pyfuse3.InodeT(0)  # "No such name", which the kernel may remember for so long:
+        missing.entry_timeout = self._negative_ttl_s
+        return missing
+
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return await _answer(self._getattr, inode)
+
+    async def _getattr(self, inode: int) -> EntryAttributes:
+        node = node_of(inode)
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        return self._attributes(node)
+
+    def _attributes(self, node: Folder | Node) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_uid, entry.st_gid = self._config.uid, self._config.gid
+        entry.entry_timeout, entry.attr_timeout = ENTRY_TIMEOUT_S, ATTR_TIMEOUT_S
+        if isinstance(node, Folder):
+            entry.st_ino = pyfuse3.InodeT(int(node))
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o555)
+            entry.st_nlink = 2
+            entry.entry_timeout = ATTR_TIMEOUT_S
+            return entry
+        image = self._image_by_number(node.image_number)
+        entry.st_ino = pyfuse3.InodeT(inode_of(node.slot, node.image_number))
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = image.updated_s * 10**9
+        if node.slot is Slot.LINK:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFLNK | 0o777)
+            entry.st_size = len(_target(image))
+            return entry
+        stored = self._stored(image)
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | self._config.file_mode)
+        entry.st_size = image.size
+        entry.st_blksize = 65536
+        entry.st_blocks = 0 if stored is None else -(-stored.cached // 512)
+        if stored is None or not stored.complete:
+            entry.attr_timeout = ATTR_TIMEOUT_PARTIAL_S
+        return entry
+
+    async def readlink(self, inode: int, ctx: RequestContext) -> Any:
+        return await _answer(self._readlink, inode)
+
+    async def _readlink(self, inode: int) -> bytes:
+        return _target(self._image(inode, Slot.LINK))
+
+    # ── folders ──
+
+    async def opendir(self, inode: int, ctx: RequestContext) -> Any:
+        return await _answer(self._opendir, inode)
+
+    async def _opendir(self, inode: int) -> int:
+        folder = node_of(inode)
+        if not isinstance(folder, Folder):
+            raise FUSEError(errno.ENOTDIR)
+        entries: Sequence[tuple[bytes, int]] = ()
+        if folder is Folder.IMAGES:
+            entries = [(image.id.encode(), image.number) for image in await self._catalog.listing()]
+        elif folder is Folder.BY_NAME:
+            await self._catalog.listing()
+            entries = list(self._catalog.links.items())
+        handle = next(self._handles)
+        self._folders[handle] = (folder, entries)
+        return handle
+
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        await _answer(self._readdir, fh, start_id, token)
+
+    async def _readdir(self, fh: int, start_id: int, token: Any) -> None:
+        folder, entries = self._folders[fh]
+        names: Sequence[tuple[bytes, Folder | Node]]
+        if folder is Folder.ROOT:
+            names = list(FOLDERS.items())[start_id:]
+        else:
+            slot = Slot.ORIGINAL if folder is Folder.IMAGES else Slot.LINK
+            names = [(name, Node(slot, number)) for name, number in entries[start_id : start_id + 1000]]
+        for position, (name, node) in enumerate(names, start_id + 1):
+            try:
+                attributes = self._attributes(node)
+            except NoEntry:
+                continue  # Gone since the folder was opened.
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, position):
+                return
+
+    async def releasedir(self, fh: int) -> None:
+        del self._folders[fh]
+
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        usage = os.statvfs(self._store.path)
+        found = pyfuse3.StatvfsData()
+        found.f_bsize = found.f_frsize = 4096
+        found.f_blocks = sum(image.size for image in self._catalog.shown()) // 4096
+        found.f_bfree = found.f_bavail = 0  # Nothing can be written here.
+        found.f_files = len(self._catalog)
+        found.f_namemax = usage.f_namemax
+        return found
+
+    # ── extended attributes ──
+
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> Any:
+        return await _answer(self._getxattr, inode, name)
+
+    async def _getxattr(self, inode: int, name: bytes) -> bytes:
+        node = node_of(inode)
+        if not isinstance(node, Node) or node.slot is not Slot.ORIGINAL or not name.startswith(XATTR_PREFIX):
+            raise FUSEError(pyfuse3.ENOATTR)
+        value = self._xattrs(self._image(inode)).get(name.removeprefix(XATTR_PREFIX).decode(errors="replace"))
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value.encode(errors="surrogateescape")
+
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Any:
+        return await _answer(self._listxattr, inode)
+
+    async def _listxattr(self, inode: int) -> list[bytes]:
+        node = node_of(inode)
+        if not isinstance(node, Node) or node.slot is not Slot.ORIGINAL:
+            return []
+        return [XATTR_PREFIX + name.encode() for name in self._xattrs(self._image(inode))]
+
+    def _xattrs(self, image: Image) -> dict[str, str]:
+        stored = self._stored(image)
+        return {
+            "id": image.id,
+            "name": image.name or "",
+            "disk_format": image.disk_format or "",
+            "state": state_of(stored, image),
+            "cached_bytes": str(stored.cached if stored else 0),
+            "in_use": "1" if self.open_count[image.id] else "0",
+        }
+
+    # ── what stands behind an inode ──
+
+    def _image(self, inode: int, slot: Slot = Slot.ORIGINAL) -> Image:
+        node = node_of(inode)
+        if not isinstance(node, Node) or node.slot is not slot:
+            raise FUSEError(errno.EISDIR if isinstance(node, Folder) else errno.EINVAL)
+        return self._image_by_number(node.image_number)
+
+    def _image_by_number(self, number: int) -> Image:
+        image = self._catalog.by_number(number)
+        if image is None:
+            raise NoEntry(number)
+        return image
+
+    def _stored(self, image: Image) -> StoredView | None:
+        return self._store.known_view(image.id, ViewKind.ORIGINAL)
+
+
+def state_of(stored: StoredView | None, image: Image) -> str:
+    """`absent`, `partial` or `complete`."""
+    if image.size == 0 or (stored is not None and stored.complete):
+        return "complete"
+    return "partial" if stored is not None and stored.cached else "absent"
+
+
+def _target(image: Image) -> bytes:
+    return b"../images/" + image.id.encode()
+
+
+async def _answer(work: Callable[[*Args], Awaitable[Answer]], *args: *Args) -> Answer:
+    """The border: our failures become errnos, and what nobody expected EIO and a traceback in the log."""
+    try:
+        return await work(*args)
+    except FUSEError:
+        raise
+    except NotPermitted as error:
+        log.info("%s", error)
+        raise FUSEError(error.errno) from None
+    except CachefsError as error:
+        if not isinstance(error, NoEntry):
+            log.warning("%s", error)
+        raise FUSEError(error.errno) from None
+    except Exception:  # One net, and only here: a bug must not take the mount down with it.
+        log.exception("unexpected failure of %s%r", work, args)
+        raise FUSEError(errno.EIO) from None
+
+
+# ── Mounting ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Mount:
+    """The session with the kernel. Nothing else knows how it is mounted."""
+
+    def __init__(self, filesystem: Filesystem, config: MountConfig) -> None:
+        self._filesystem = filesystem
+        self.mountpoint = os.path.abspath(config.mountpoint)
+        self._allow_other = config.allow_other
+        self._mounted = False
+
+    def open(self) -> None:
+        """Mounts. Raises MountError with what is to be done."""
+        prepare_mountpoint(self.mountpoint)
+        options = {"fsname=cachefs", "subtype=cachefs", "default_permissions", "ro"}
+        if self._allow_other:
+            options.add("allow_other")
+        try:
+            pyfuse3.init(self._filesystem, self.mountpoint, options)
+        except RuntimeError as error:
+            hint = (
+                " (allow_other needs user_allow_other in /etc/fuse.conf)"
+                if self._allow_other and os.geteuid()
+                else ""
+            )
+            raise MountError(self.mountpoint, f"cannot be mounted: {error}{hint}") from error
+        self._mounted = True
+        raise_background(self.mountpoint)
+
+    async def serve(self) -> None:
+        """Answers the kernel until it unmounts or the caller cancels."""
+        await pyfuse3.main(min_tasks=TASKS_IDLE_MAX, max_tasks=TASKS_MAX)
+
+    def forget(self, image: Image) -> None:
+        """Has the kernel look the image's name up again."""
+        if self._mounted:
+            name = pyfuse3.FileNameT(image.id.encode())
+            pyfuse3.invalidate_entry_async(pyfuse3.InodeT(Folder.IMAGES), name, ignore_enoent=True)
+
+    def close(self) -> None:
+        """Unmounts, lazily where files are open; their readers get an error from now on."""
+        if self._mounted:
+            self._mounted = False
+            pyfuse3.close(unmount=True)
+
+
+def prepare_mountpoint(mountpoint: str) -> None:
+    """Makes sure that there is a folder to mount on; a dead mount left by a crash is taken away first."""
+    if not os.access("/dev/fuse", os.F_OK):
+        raise MountError(mountpoint, "there is no /dev/fuse: load the fuse module (modprobe fuse)")
+    try:
+        is_folder = stat.S_ISDIR(os.stat(mountpoint).st_mode)
+    except FileNotFoundError:
+        raise MountError(mountpoint, "no such folder: make it first (mkdir)") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise MountError(mountpoint, f"cannot be used: {error.strerror}") from error
+        log.warning("%s is a dead mount left by a crash: unmounting it", mountpoint)
+        _unmount_dead(mountpoint)
+        is_folder = os.path.isdir(mountpoint)
+    if not is_folder:
+        raise MountError(mountpoint, "is not a folder")
+    if os.path.ismount(mountpoint):
+        raise MountError(mountpoint, "something is mounted there already")
+
+
+def _unmount_dead(mountpoint: str) -> None:
+    command = ["umount", "-l", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", "-z", mountpoint]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise MountError(mountpoint, f"is a dead mount and cannot be unmounted: {done.stderr.strip()}")
+
+
+def raise_background(mountpoint: str) -> None:
+    """Lets the kernel send as many background requests (reading ahead, asynchronous direct reads) as it has.
+    By default 12 that wait for Glance would hold up all others. pyfuse3 cannot say so in the handshake, so it is
+    said through fusectl, which needs root."""
+    folder = CONNECTIONS / str(minor_of(mountpoint))
+    try:
+        if not folder.exists() and os.geteuid() == 0:
+            subprocess.run(
+                ["mount", "-t", "fusectl", "fusectl", str(CONNECTIONS)], capture_output=True, check=False
+            )
+        for name in ("max_background", "congestion_threshold"):
+            (folder / name).write_text(str(BACKGROUND_MAX))
+    except OSError as error:
+        log.warning(
+            "the kernel will send no more than 12 background reads at once (%s): many reads that wait for "
+            "Glance may delay others", error,
+        )  # fmt: skip
+
+
+def minor_of(mountpoint: str) -> int | None:
+    """The minor device number of what is mounted there. From mountinfo: stat(2) would ask the filesystem, which
+    nobody answers for yet."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+        if path == os.path.realpath(os.path.dirname(mountpoint)).rstrip("/") + "/" + os.path.basename(mountpoint):
+            found = int(fields[2].partition(":")[2])  # The last one lies on top.
+    return found

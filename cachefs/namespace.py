@@ -1,0 +1,91 @@
+"""The tree as numbers and names. Rule: pure, and without a state of its own: an inode number says what it is.
+
+Numbers follow from an image's number, which the store gives once and remembers, so that a daemon that starts
+anew gives every file the inode that it had. Nothing is counted: the kernel may forget and look up as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import NamedTuple
+from uuid import UUID
+
+NAME_BYTES_MAX = 255
+
+
+class Folder(IntEnum):
+    """The folders, by inode. 4, 5 and 6 are kept for `raw`, `resized` and `nova`."""
+
+    ROOT = 1
+    IMAGES = 2
+    BY_NAME = 3
+
+
+FOLDERS = {b"images": Folder.IMAGES, b"by-name": Folder.BY_NAME}
+
+_SLOTS = 16
+
+
+class Slot(IntEnum):
+    """What of an image an inode stands for. 2 and 3 are kept for its raw and resized views."""
+
+    ORIGINAL = 1
+    LINK = 4
+
+
+class Node(NamedTuple):
+    """One inode that belongs to an image."""
+
+    slot: Slot
+    image_number: int
+
+
+def inode_of(slot: Slot, image_number: int) -> int:
+    assert image_number >= 1, "image numbers begin at 1, so that no folder's inode is taken"
+    return image_number * _SLOTS + slot
+
+
+def node_of(inode: int) -> Folder | Node | None:
+    """What `inode` stands for; None for a number that nobody was given."""
+    if inode < _SLOTS:
+        return Folder(inode) if inode in Folder.__members__.values() else None
+    number, slot = divmod(inode, _SLOTS)
+    return Node(Slot(slot), number) if slot in Slot.__members__.values() else None
+
+
+def image_id(name: bytes) -> str | None:
+    """The UUID that `name` is, in the one spelling that files have; None for any other name. `name` is what
+    somebody asked for: it never becomes a part of a path or a URL unless it is this."""
+    try:
+        text = name.decode("ascii")
+        return text if str(UUID(text)) == text else None
+    except ValueError:
+        return None
+
+
+def link_name(name: str | None) -> bytes | None:
+    """What an image's name is called in `by-name`; None where it cannot be a file's name."""
+    if not name:
+        return None
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return None
+    if encoded in (b".", b"..") or b"/" in encoded or b"\0" in encoded or len(encoded) > NAME_BYTES_MAX:
+        return None
+    return encoded
+
+
+def unique_links(named: Iterable[tuple[str | None, int]]) -> dict[bytes, int]:
+    """`by-name`: the names that exactly one image has, with its number."""
+    links: dict[bytes, int] = {}
+    twice: set[bytes] = set()
+    for name, number in named:
+        encoded = link_name(name)
+        if encoded is None:
+            continue
+        if encoded in links:
+            twice.add(encoded)
+        links[encoded] = number
+    return {name: number for name, number in links.items() if name not in twice}

@@ -1,0 +1,23 @@
+"""What systemd is told: READY, STATUS, STOPPING. Rule: never an error; without systemd nothing happens.
+
+The protocol is one datagram to `$NOTIFY_SOCKET` (sd_notify(3)); no package of this ecosystem offers less than
+a service framework for it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def notify(**fields: str) -> None:
+    """Sends `READY="1"`, `STATUS="..."` and the like. Newlines in a value become blanks."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if not where.startswith(("/", "@")):
+        return
+    message = "\n".join(f"{name}={' '.join(value.splitlines())}" for name, value in fields.items())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        try:
+            sender.sendto(message.encode(), "\0" + where[1:] if where[0] == "@" else where)
+        except OSError:
+            pass  # Whoever asked to be told is gone.

@@ -1,0 +1,111 @@
+"""What a value may look like, beyond oslo.config's own types. Rule: text in, value or ValueError out."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+
+from oslo_config import types
+
+SPAN_SIZE_MIN, SPAN_SIZE_MAX = 1 << 20, 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """A number of bytes, or a part of the filesystem on which the store lies."""
+
+    number: int | float
+    is_percent: bool = False
+
+    def of(self, filesystem_bytes: int) -> int:
+        """In bytes."""
+        return int(filesystem_bytes * self.number / 100) if self.is_percent else int(self.number)
+
+    def __str__(self) -> str:
+        return f"{self.number:g}%" if self.is_percent else str(self.number)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|([KMGTP]?)(?:iB|i)?)", re.IGNORECASE | re.ASCII)
+
+
+def _amount(text: str) -> Amount:
+    """`1048576`, `200G` (GiB), `1.5 TiB`, `60%`. Not `200GB`: for some that is 7 % less."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write bytes, 200G for GiB, or 60%")
+    number, percent, unit = match.groups()
+    if percent:
+        return Amount(float(number), is_percent=True)
+    return Amount(int(Decimal(number) * 1024 ** (" KMGTP".index(unit.upper() or " "))))
+
+
+class _TextType(types.ConfigType):
+    """Shown in the sample as it is written in the code."""
+
+    def _formatter(self, value: str) -> str:
+        return value
+
+
+class AmountType(_TextType):
+    """`zero`: nothing at all is sensible. `whole`: all of the filesystem is."""
+
+    def __init__(self, *, zero: bool, whole: bool) -> None:
+        super().__init__("bytes, 200G for GiB, or 60% of the filesystem")
+        self._zero, self._whole = zero, whole
+
+    def __call__(self, value: str) -> Amount:
+        amount = _amount(value)
+        if amount.number == 0 and not self._zero:
+            raise ValueError(f"{value!r} leaves no room at all")
+        if amount.is_percent and (amount.number > 100 or (amount.number == 100 and not self._whole)):
+            raise ValueError(f"{value!r} is {'more than' if self._whole else 'all of'} the filesystem")
+        return amount
+
+
+class SpanSizeType(_TextType):
+    def __init__(self) -> None:
+        super().__init__("bytes, or 4M for MiB")
+
+    def __call__(self, value: str) -> int:
+        amount = _amount(value)
+        size = int(amount.number)
+        if amount.is_percent or size & (size - 1) or not SPAN_SIZE_MIN <= size <= SPAN_SIZE_MAX:
+            raise ValueError(f"{value!r} is no power of two between 1M and 64M")
+        return size
+
+
+class FileModeType(_TextType):
+    def __init__(self) -> None:
+        super().__init__("octal mode")
+
+    def __call__(self, value: str) -> int:
+        if not re.fullmatch(r"(0o?)?[0-7]{3}", value):
+            raise ValueError(f"{value!r} is no octal mode such as 0444")
+        mode = int(value, 8)
+        if mode & 0o222:
+            raise ValueError(f"{value!r} has write bits: images are read-only")
+        return mode
+
+
+class PathType(_TextType):
+    def __init__(self) -> None:
+        super().__init__("absolute path")
+
+    def __call__(self, value: str) -> str:
+        if not value.startswith("/") or "\0" in value:
+            raise ValueError(f"{value!r} is no absolute path")
+        return os.path.normpath("/" + value.lstrip("/"))  # POSIX lets normpath keep a leading //.
+
+
+class SecondsType(types.Float):
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(min=low, max=high, type_name="seconds")
+
+    def __call__(self, value: str) -> float:
+        number = super().__call__(value)
+        if number is None or math.isnan(number):  # Neither is caught by a bound.
+            raise ValueError(f"{value!r} is no time")
+        return float(number)

@@ -1,0 +1,92 @@
+"""How much to ask for: the window of a random miss, and the growing one of sequential reading. Rule: pure; the
+link's measures are given, never taken here.
+
+A request costs the same whatever its size (design §4: 15–20 ms of Glance, and the link's round trip), and a
+byte costs what the link takes for it. Asking for as many bytes as the link carries in the time of one request
+costs at most twice the best choice, whether the neighbours are wanted (the best would have asked for all) or
+not (the best would have asked for one block). It costs less in practice: a reader is answered when its own
+block is there, and its next request travels while the rest of the window arrives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cachefs.plan.extents import BLOCK, Extent, ceil
+
+RANDOM_MIN, RANDOM_MAX = BLOCK, 4 << 20
+# Before anything is measured: what a request of 20 ms and a link of 50 MB/s would give.
+RANDOM_FIRST = 1 << 20
+SEQUENTIAL_MAX = 64 << 20
+# The kernel reads ahead with several requests at once, which may reach us in another order.
+REORDER = 1 << 20
+
+# Each new measure counts for a quarter: a change of the link is learnt in some ten requests.
+_WEIGHT = 0.25
+# A shorter body arrives in one burst and says nothing of the rate.
+_RATE_BYTES_MIN = 256 << 10
+
+
+@dataclass
+class Link:
+    """What a request costs (seconds until its first byte) and what the link carries (bytes per second)."""
+
+    cost_s: float = 0.0
+    rate: float = 0.0
+
+    def observe(self, first_byte_s: float, length: int, body_s: float) -> None:
+        """Learns from one request that was answered with `length` bytes."""
+        self.cost_s = _smoothed(self.cost_s, first_byte_s)
+        if length >= _RATE_BYTES_MIN and body_s > 0:
+            self.rate = _smoothed(self.rate, length / body_s)
+
+    @property
+    def random_window(self) -> int:
+        """The equal-cost window: bytes, whole blocks, within RANDOM_MIN and RANDOM_MAX."""
+        if not self.rate:
+            return RANDOM_FIRST
+        return min(max(ceil(int(self.cost_s * self.rate), BLOCK), RANDOM_MIN), RANDOM_MAX)
+
+
+def _smoothed(old: float, new: float) -> float:
+    return new if not old else old + _WEIGHT * (new - old)
+
+
+NEVER, NOWHERE = 1 << 62, -(1 << 62)
+
+
+@dataclass
+class Pattern:
+    """How one open file is being read. `expected` is where a sequential reader will miss next; reading at
+    `mark` or beyond is the moment to read ahead; `window` is the last one's size. All in bytes."""
+
+    expected: int = NOWHERE
+    window: int = 0
+    mark: int = NEVER
+
+    def is_next(self, offset: int) -> bool:
+        """Whether a miss at `offset` goes on where the last window ended."""
+        return self.expected - REORDER <= offset <= self.expected + REORDER
+
+    def follow(self, extent: Extent, sequential: bool) -> None:
+        """The reader's next bytes are on their way as `extent`, which it may share with others. Asking again
+        from the middle keeps the link busy while the reader works."""
+        self.window = max(extent.length, self.window) if sequential else extent.length
+        self.expected = extent.end
+        self.mark = extent.end - extent.length // 2 if sequential else NEVER
+
+
+def window(link: Link, pattern: Pattern, offset: int) -> tuple[int, bool]:
+    """(bytes to ask for from `offset`, whether this is sequential reading)."""
+    if not pattern.is_next(offset):
+        return link.random_window, False
+    return min(max(2 * pattern.window, link.random_window), SEQUENTIAL_MAX), True
+
+
+def request(miss: Extent, absent: list[Extent], want: int) -> Extent:
+    """The range to ask for: it begins where `miss` does, so that the reader's own block comes first, is at
+    least `miss` long, and goes on for `want` bytes, but not past the first byte that is not `absent`."""
+    for gap in absent:
+        if gap.start <= miss.start < gap.end:
+            return Extent(miss.start, min(max(miss.start + want, miss.end), gap.end))
+    return miss

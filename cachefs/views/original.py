@@ -1,0 +1,37 @@
+"""Glance's bytes, unchanged. Rule: nothing here interprets them."""
+
+from __future__ import annotations
+
+from cachefs.blocks import Blocks
+from cachefs.plan.windows import NEVER, Pattern
+from cachefs.store.content import READ_MAX, StoredView
+from cachefs.views import Buffer
+
+
+class OriginalView:
+    """One opened `images/<uuid>`. Remembers how it is being read, to read ahead."""
+
+    __slots__ = ("_blocks", "_pattern", "_stored", "size")
+
+    def __init__(self, stored: StoredView, blocks: Blocks) -> None:
+        self._stored, self._blocks = stored, blocks
+        self._pattern = Pattern()
+        self.size = stored.size
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        """See `View.read_now`."""
+        if offset + length > self.size:
+            length = self.size - offset
+            if length <= 0:
+                return b""
+        if offset >= self._pattern.mark:
+            self._pattern.mark = NEVER
+            self._blocks.reached_mark(self._stored, self._pattern, offset)
+        return self._stored.read_now(offset, length) if length <= READ_MAX else None
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """See `View.read`."""
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        return await self._blocks.read(self._stored, offset, length, self._pattern)
