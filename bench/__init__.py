@@ -1,0 +1,1 @@
+"""What cachefs costs and gains, measured. Rule: nothing here is imported by cachefs, or leaves loopback."""
