@@ -6,6 +6,8 @@ This is the way of a miss. The way of a hit is `StoredView.read_now`, and does n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import trio
 
 from cachefs.errors import Absent, OriginUnavailable, ReadDeadline
@@ -13,11 +15,28 @@ from cachefs.fetcher import Fetcher, Priority
 from cachefs.plan import windows
 from cachefs.plan.extents import BLOCK, Extent, aligned
 from cachefs.plan.windows import Pattern
-from cachefs.store.content import StoredView
+from cachefs.store.content import READ_MAX, StoredView
 from cachefs.store.format import OriginMode
 
-# A byte that the store says it has and cannot give is looked at and fetched again so often.
+Buffer = bytes | bytearray | memoryview
+
+# A byte that should be here and is not is looked at and fetched again so often.
 TRIES_MAX = 3
+
+
+@dataclass(eq=False)
+class _Reading:
+    """One read under way: what it wants, since when, and how often it did not find what should be there."""
+
+    view: StoredView
+    wanted: Extent
+    since_s: float
+    tries: int = 0
+
+    def try_again(self, offset: int) -> None:
+        self.tries += 1
+        if self.tries > TRIES_MAX:
+            raise OriginUnavailable(self.view.record.image, f"byte {offset} came and cannot be read")
 
 
 class Blocks:
@@ -26,66 +45,85 @@ class Blocks:
     def __init__(self, fetcher: Fetcher, read_deadline_s: float) -> None:
         self._fetcher = fetcher
         self._deadline_s = read_deadline_s
-        self.waiting = 0  # Reads that wait at this moment.
+        self.reading: set[_Reading] = set()  # Reads that wait at this moment.
         self.misses = 0
 
-    async def read(self, view: StoredView, offset: int, length: int, pattern: Pattern) -> bytes | bytearray:
-        """`length` bytes from `offset`, which lie in the view. Raises OriginError; ReadDeadline in time."""
+    async def read(self, view: StoredView, offset: int, length: int, pattern: Pattern) -> Buffer:
+        """`length` bytes from `offset`, which lie in the view; good until the next await. Raises OriginError;
+        ReadDeadline in time."""
         wanted = Extent(offset, offset + length)
-        self.waiting += 1
+        reading = _Reading(view, wanted, trio.current_time())
+        self.reading.add(reading)
         try:
             with trio.move_on_after(self._deadline_s):
                 await view.load(wanted)
-                if not view.absent(wanted):
-                    try:
-                        return await view.read(offset, length)
-                    except Absent:
-                        pass
-                self.misses += 1
-                return await self._collect(view, wanted, pattern)
+                if view.absent(wanted):
+                    self.misses += 1
+                    await self._start_missing(view, wanted, pattern)
+                return await self._collect(reading, pattern)
         finally:
-            self.waiting -= 1
+            self.reading.discard(reading)
         raise ReadDeadline(view.record.image, f"{length} bytes at {offset} did not come in {self._deadline_s} s")
 
-    async def _collect(self, view: StoredView, wanted: Extent, pattern: Pattern) -> bytearray:
-        out = bytearray(wanted.length)
-        await self._start_missing(view, wanted, pattern)
+    @property
+    def waiting(self) -> int:
+        """How many reads wait at this moment."""
+        return len(self.reading)
+
+    async def _collect(self, reading: _Reading, pattern: Pattern) -> Buffer:
+        view, wanted = reading.view, reading.wanted
+        out: bytearray | None = None
         at = wanted.start
-        tries = 0
         while at < wanted.end:
-            slab = self._fetcher.slab_at(view, at)
-            if slab is not None:
-                end = min(slab.start + slab.filled, wanted.end)
-                out[at - wanted.start : end - wanted.start] = slab.data[at - slab.start : end - slab.start]
-                at = end
-                continue
-            gaps = view.absent(Extent(at, wanted.end))
-            present = Extent(at, min(gaps[0].start, wanted.end) if gaps else wanted.end)
-            if present.length > 0:
-                try:
-                    part = await view.read(present.start, present.length)
-                except Absent as error:
-                    tries += 1
-                    if tries > TRIES_MAX:
-                        raise OriginUnavailable(view.record.image, f"the store cannot give byte {at}") from error
-                    await view.load(wanted)
-                    if not view.absent(Extent(error.offset, error.offset + 1)):
-                        await view.doubt(error.offset)
-                        await view.load(wanted)
-                else:
-                    out[at - wanted.start : present.end - wanted.start] = part
-                    at = present.end
+            part: Buffer | None = self._arrived(view, Extent(at, wanted.end))
+            if part is None:
+                part = await self._stored(reading, at)
+            if part is not None:
+                if len(part) == wanted.length:
+                    return part  # All of it in one place: the kernel copies it from there.
+                if out is None:
+                    out = bytearray(wanted.length)
+                out[at - wanted.start : at - wanted.start + len(part)] = part
+                at += len(part)
                 continue
             flight = self._fetcher.flight_for(view, at)
             if flight is not None:
                 # Up to where its slab ends: after that the bytes may be in the store, or let go.
                 await flight.wait_for(min(wanted.end, view.span_of(at).end))
                 continue
-            tries += 1
-            if tries > TRIES_MAX:
-                raise OriginUnavailable(view.record.image, f"byte {at} was fetched and is not there")
-            await self._start_missing(view, Extent(at, wanted.end), pattern)
-        return out
+            await view.load(wanted)
+            if view.absent(Extent(at, at + 1)):
+                reading.try_again(at)
+                await self._start_missing(view, Extent(at, wanted.end), pattern)
+        return b"" if out is None else out
+
+    def _arrived(self, view: StoredView, wanted: Extent) -> memoryview | None:
+        """What is in memory of `wanted`, from its start."""
+        slab = self._fetcher.slab_at(view, wanted.start)
+        return (
+            None
+            if slab is None
+            else slab.data[wanted.start - slab.start : min(slab.filled, wanted.end - slab.start)]
+        )
+
+    async def _stored(self, reading: _Reading, at: int) -> Buffer | None:
+        """What the store has of the range, from `at`; None where it has nothing there, or could not give it."""
+        view = reading.view
+        gaps = view.absent(Extent(at, reading.wanted.end))
+        end = gaps[0].start if gaps else reading.wanted.end
+        if end <= at:
+            return None
+        now = view.read_now(at, end - at) if end - at <= READ_MAX else None
+        if now is not None:
+            return now
+        try:
+            return await view.read(at, end - at)
+        except Absent as error:
+            await view.load(Extent(at, end))
+            if not view.absent(Extent(error.offset, error.offset + 1)):
+                reading.try_again(error.offset)
+                await view.doubt(error.offset)
+            return None
 
     # ── starting flights ──
 

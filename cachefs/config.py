@@ -305,8 +305,8 @@ class _Parser(iniparser.BaseParser):
 def _lines(path: str, faults: list[ConfigError]) -> list[_Line]:
     parser = _Parser(path)
     try:
-        # One empty line more, so that the last assignment ends as all others do.
-        parser.parse([*Path(path).read_text(encoding="utf-8").splitlines(), ""])
+        # An empty line at the end, so that the last assignment ends as all others do.
+        parser.parse([*Path(path).read_text(encoding="utf-8").split("\n"), ""])
     except OSError as e:
         faults.append(ConfigError(path, f"cannot be read: {e.strerror}"))
     except UnicodeDecodeError as e:

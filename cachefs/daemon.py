@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import resource
 import signal
 import sys
@@ -63,14 +64,20 @@ async def _main(config: Config) -> None:
         catalog.on_gone = mount.forget
         status = Status(mount.mountpoint, store, fetcher, blocks, catalog, filesystem)
         control = ControlServer(config.control.socket, status.handlers())
-        await _serve(store, fetcher, catalog, mount, control, status)
+        await _serve(store, fetcher, blocks, catalog, mount, control, status)
     finally:
         store.close()
     log.info("stopped")
 
 
 async def _serve(
-    store: Store, fetcher: Fetcher, catalog: Catalog, mount: Mount, control: ControlServer, status: Status
+    store: Store,
+    fetcher: Fetcher,
+    blocks: Blocks,
+    catalog: Catalog,
+    mount: Mount,
+    control: ControlServer,
+    status: Status,
 ) -> None:
     async with trio.open_nursery() as writing:
         writing.start_soon(store.run)
@@ -82,11 +89,9 @@ async def _serve(
                     await control.open()
                     mount.open()
                     async with trio.open_nursery() as serving:
-                        serving.start_soon(_until_signalled, serving.cancel_scope)
+                        serving.start_soon(_until_signalled, serving.cancel_scope, blocks)
                         serving.start_soon(control.serve)
-                        serving.start_soon(_report, status)
-                        notify(READY="1", STATUS=f"mounted on {mount.mountpoint}")
-                        log.info("cachefs %s: mounted on %s, store %s", __version__, mount.mountpoint, store.path)
+                        serving.start_soon(_report, mount, store, status)
                         await mount.serve()
                         serving.cancel_scope.cancel()
                 finally:
@@ -102,19 +107,22 @@ async def _serve(
             store.writer.stop()
 
 
-async def _until_signalled(scope: trio.CancelScope) -> None:
+async def _until_signalled(scope: trio.CancelScope, blocks: Blocks) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
         async for number in signals:
             if number == signal.SIGUSR1:
-                log_stacks()
+                log_stacks(blocks)
                 continue
             log.info("stopping: %s", signal.Signals(number).name)
             scope.cancel()
             return
 
 
-async def _report(status: Status) -> None:
-    """Keeps the line that `systemctl status` shows."""
+async def _report(mount: Mount, store: Store, status: Status) -> None:
+    """Says when the mount can be used, and then keeps the line that `systemctl status` shows."""
+    await mount.wait_ready()
+    notify(READY="1", STATUS=f"mounted on {mount.mountpoint}")
+    log.info("cachefs %s: mounted on %s, store %s", __version__, mount.mountpoint, store.path)
     while True:
         await trio.sleep(STATUS_INTERVAL_S)
         now = await status.status({})
@@ -124,8 +132,15 @@ async def _report(status: Status) -> None:
         )
 
 
-def log_stacks() -> None:
-    """Logs where every task stands, and every thread on stderr: what SIGUSR1 is for."""
+def log_stacks(blocks: Blocks) -> None:
+    """Logs which reads wait, where every task stands, and every thread on stderr: what SIGUSR1 is for. (A task
+    that serves the kernel shows pyfuse3's frame only: it is compiled.)"""
+    now_s = trio.current_time()
+    for reading in blocks.reading:
+        log.warning(
+            "[image %s] a read of %d bytes at %d waits since %.1f s",
+            reading.view.record.image, reading.wanted.length, reading.wanted.start, now_s - reading.since_s,
+        )  # fmt: skip
     root = trio.lowlevel.current_root_task()
     for depth, task in _tasks(root, 0) if root is not None else ():
         frames = traceback.StackSummary.extract(task.iter_await_frames())
@@ -142,8 +157,6 @@ def _tasks(task: trio.lowlevel.Task, depth: int) -> Iterator[tuple[int, trio.low
 
 def _limits(config: Config) -> Limits:
     """The store's bounds in bytes, for the filesystem as large as it is now."""
-    import os
-
     stat = os.statvfs(config.store.path)
     total = stat.f_blocks * stat.f_frsize
     return Limits(config.store.max_size.of(total), config.store.min_free.of(total))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from cachefs.blocks import Blocks
@@ -41,6 +42,7 @@ Args = TypeVarTuple("Args")
 TASKS_MAX = 16384
 TASKS_IDLE_MAX = 8
 BACKGROUND_MAX = 65535  # What the kernel's field holds.
+READ_AHEAD_KIB = 1024  # One FUSE request of 256 pages.
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 # Bytes never change, sizes neither; how much is cached does, until all of it is. In seconds.
@@ -63,7 +65,11 @@ class Filesystem(pyfuse3.Operations):
         self._folders: dict[int, tuple[Folder, Sequence[tuple[bytes, int]]]] = {}
         self._handles = itertools.count(1)
         self.open_count: Counter[str] = Counter()
+        self.handshake = trio.Event()  # The kernel has said hello, and is answered by the next checkpoint.
         self.hits = 0
+
+    def init(self) -> None:
+        self.handshake.set()
 
     # ── reading ──
 
@@ -324,7 +330,11 @@ class Mount:
             )
             raise MountError(self.mountpoint, f"cannot be mounted: {error}{hint}") from error
         self._mounted = True
-        raise_background(self.mountpoint)
+
+    async def wait_ready(self) -> None:
+        """Returns when `serve` has the kernel's hello: from now on the mount can be used."""
+        await self._filesystem.handshake.wait()
+        await trio.to_thread.run_sync(tune, self.mountpoint)
 
     async def serve(self) -> None:
         """Answers the kernel until it unmounts or the caller cancels."""
@@ -370,18 +380,21 @@ def _unmount_dead(mountpoint: str) -> None:
         raise MountError(mountpoint, f"is a dead mount and cannot be unmounted: {done.stderr.strip()}")
 
 
-def raise_background(mountpoint: str) -> None:
-    """Lets the kernel send as many background requests (reading ahead, asynchronous direct reads) as it has.
-    By default 12 that wait for Glance would hold up all others. pyfuse3 cannot say so in the handshake, so it is
-    said through fusectl, which needs root."""
-    folder = CONNECTIONS / str(minor_of(mountpoint))
+def tune(mountpoint: str) -> None:
+    """Tells the kernel what pyfuse3 cannot say in the handshake, after it; takes root.
+
+    As many background requests (reading ahead, asynchronous direct reads) as it has: by default 12 that wait for
+    Glance would hold up all others. And to read ahead by what one request can carry, not by an eighth of it."""
+    minor = minor_of(mountpoint)
+    connection = CONNECTIONS / str(minor)
     try:
-        if not folder.exists() and os.geteuid() == 0:
+        if not connection.exists() and os.geteuid() == 0:
             subprocess.run(
                 ["mount", "-t", "fusectl", "fusectl", str(CONNECTIONS)], capture_output=True, check=False
             )
         for name in ("max_background", "congestion_threshold"):
-            (folder / name).write_text(str(BACKGROUND_MAX))
+            (connection / name).write_text(str(BACKGROUND_MAX))
+        Path(f"/sys/class/bdi/0:{minor}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
     except OSError as error:
         log.warning(
             "the kernel will send no more than 12 background reads at once (%s): many reads that wait for "

@@ -32,7 +32,10 @@ GROUP = "glance"
 INTERFACES = ("public", "internal", "admin")
 DEFAULT_INTERFACES = ("internal", "public")  # As Nova's own [glance]: a hypervisor sits on the inner network.
 
-# What the sample shows. Every other plugin of keystoneauth works as well.
+# For metadata, beside the data: a pool that is too small closes good connections, and warns each time.
+SPARE_CONNECTIONS = 4
+
+# What the sample shows. keystoneauth's other plugins work as well.
 SAMPLE_PLUGINS = ("password", "v3applicationcredential")
 
 # Options of keystoneauth that would not do here what they say, and what does.
@@ -65,7 +68,7 @@ class AuthOptions:
     connect_timeout: float
     read_timeout: float
     split_loggers: bool
-    tls: Mapping[str, str]
+    tls: Mapping[str, str] = field(hash=False)
     plugin: BaseAuthPlugin = field(repr=False, compare=False)  # Knows the secrets, and the token.
 
     @property
@@ -88,7 +91,8 @@ class AuthOptions:
             app_name="cachefs",
             app_version=__version__,
         )
-        wire = _Wire((self.connect_timeout, self.read_timeout), pool_maxsize=self.connections, **self.tls)
+        pool = self.connections + SPARE_CONNECTIONS
+        wire = _Wire((self.connect_timeout, self.read_timeout), pool_maxsize=pool, **self.tls)
         for scheme in list(session.adapters):
             session.mount(scheme, wire)
         return session
@@ -233,22 +237,23 @@ def _fault(name: str, reason: str) -> ConfigError:
 
 def _endpoint_faults(conf: cfg.ConfigOpts) -> Iterator[ConfigError]:
     c = conf[GROUP]
-    if c.endpoints and c.endpoint_override:
-        yield _fault("endpoint_override", "contradicts endpoints: it means a list of one")
     named = [("endpoints", url) for url in c.endpoints]
-    if c.endpoint_override:
-        named.append(("endpoint_override", c.endpoint_override))
+    for name in ("endpoint_override", "endpoint"):  # The last one is the none plugin's own.
+        if url := getattr(c, name, None):
+            if named:
+                yield _fault(name, f"contradicts {named[0][0]}: it means a list of one")
+            named.append((name, url))
     for name, text in named:
         try:
-            url = urlsplit(text)
-            sound = url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port)
+            parts = urlsplit(text)
+            sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
             sound = False
         if not sound:
             yield _fault(name, f"{text!r} is no http(s) URL")
-        elif url.username or url.password:
+        elif parts.username or parts.password:
             yield _fault(name, "a URL cannot carry credentials here: it is shown in logs")
-        elif url.query or url.fragment:
+        elif parts.query or parts.fragment:
             yield _fault(name, f"{text!r} has a query: the base of Glance's URLs is wanted")
 
 
@@ -300,10 +305,11 @@ def _missing(conf: cfg.ConfigOpts, loader: loading.BaseLoader[Any]) -> Iterator[
     c = conf[GROUP]
     theirs = {opt.dest: opt for opt in loader.get_options()}
     yield from (name for name, opt in theirs.items() if opt.required and not c[name])
-    if "password" in theirs and not theirs["password"].required and not c.password:
-        yield "password"
-    if "password" in theirs and not (c.username or ("user_id" in theirs and c.user_id)):
-        yield "username"
+    if "password" in theirs and "username" in theirs:
+        if not theirs["password"].required and not c.password:
+            yield "password"
+        if not theirs["username"].required and not (c.username or getattr(c, "user_id", None)):
+            yield "username"
     if "auth_url" not in theirs and not _endpoints(conf, None):
         yield "endpoints"  # Without Keystone there is no catalog.
 
@@ -392,7 +398,7 @@ def _interface(conf: cfg.ConfigOpts, region: CloudRegion | None) -> tuple[str, .
 
 def _endpoints(conf: cfg.ConfigOpts, region: CloudRegion | None) -> tuple[str, ...]:
     c = conf[GROUP]
-    one = c.endpoint_override or (c.endpoint if "endpoint" in c else None)
+    one = c.endpoint_override or getattr(c, "endpoint", None)
     if region and not one:
         one = region.get_endpoint("image")
     return tuple(dict.fromkeys(_unversioned(url) for url in c.endpoints or ([one] if one else [])))

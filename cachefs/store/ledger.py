@@ -107,9 +107,9 @@ class Ledger:
 
     def candidates(self, digest: bytes) -> list[tuple[ChunkId, Chunk]]:
         """The living chunks that have this digest, and so may be the same bytes."""
-        ids = dict.fromkeys(self._committed.candidates(digest))
-        for layer in self._layers:
-            ids.update(dict.fromkeys(layer.digests.get(digest, ())))
+        # The layers first: what leaves them while we look is in the index by then.
+        ids = dict.fromkeys(chunk for layer in self._layers for chunk in layer.digests.get(digest, ()))
+        ids.update(dict.fromkeys(self._committed.candidates(digest)))
         found = ((chunk_id, self.chunk(chunk_id)) for chunk_id in ids)
         return [(chunk_id, chunk) for chunk_id, chunk in found if chunk is not None and not chunk.rotten]
 

@@ -116,7 +116,8 @@ class Segments:
 
     def blocks_bytes(self) -> int:
         """What the segments really occupy, by the filesystem's own count."""
-        return sum(os.fstat(file).st_blocks * 512 for file in self.files.values())
+        # A copy: the writer's thread may add a segment meanwhile.
+        return sum(os.fstat(file).st_blocks * 512 for file in list(self.files.values()))
 
     def free_bytes(self) -> int:
         """What the filesystem has left for this process."""

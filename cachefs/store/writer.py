@@ -126,6 +126,7 @@ class Writer:
         self._commit_done: trio.Event | None = None
         self._commit_failed: Exception | None = None
         self._flushing: list[trio.Event] = []
+        self._flushing_failed: list[trio.Event] = []
         self._first_uncommitted_s: float | None = None
         self._resume_s = 0.0
         self._stopping = False
@@ -172,10 +173,13 @@ class Writer:
                 if self._commit_failed is not None:
                     await self._go_back()
                     if self._stopping:
+                        self._give_up()
                         break
                 group = self._take()
                 if group:
                     await self._land(group)
+                if self._commit_failed is not None:
+                    continue  # While we landed: on a layer that is lost nothing more can be committed.
                 if self._commit_done is None and self._is_due():
                     await self._begin_commit(nursery)
                 elif self._stopping and not self._queue and self._commit_done is None:
@@ -257,7 +261,9 @@ class Writer:
                     kept = False
                     if keep and trouble is None:
                         try:
-                            landed[view, span] = self._lander.land(view, span, start, data)
+                            new = self._lander.land(view, span, start, data)
+                            landed.pop((view, span), None)  # The latest is published last: it has the right total.
+                            landed[view, span] = new
                             kept = True
                         except (StoreFull, OSError) as error:
                             trouble = error
@@ -303,15 +309,15 @@ class Writer:
             await trio.to_thread.run_sync(self._commit_in_thread, layer, writes)
         except (OSError, CachefsError) as error:
             self._commit_failed = error
+            self._flushing_failed.extend(flushing)  # Told when the readers were: see `_go_back`.
         else:
             self.commits += 1
             self._ledger.committed()
             # The chunks that this commit freed are in no recipe and no reader's map: `published` saw to it.
             if layer.punches:
-                await trio.to_thread.run_sync(self._punch, layer.punches)
-                self._queue.appendleft(_Punched(layer.punches))
-        for event in flushing:
-            event.set()
+                self._queue.appendleft(_Punched(await trio.to_thread.run_sync(self._punch, layer.punches)))
+            for event in flushing:
+                event.set()
         assert self._commit_done is not None
         self._commit_done.set()
         self._commit_done = None
@@ -321,12 +327,16 @@ class Writer:
         self._segments.sync(layer.appended, created=layer.created_segment)
         self._index.commit(writes)
 
-    def _punch(self, punches: list[Punch]) -> None:
+    def _punch(self, punches: list[Punch]) -> list[Punch]:
+        """Those that were done. The notes of the others stay, for the next start."""
+        done = []
         for punch in punches:
             try:
                 self._segments.punch(punch)
+                done.append(punch)
             except OSError as error:
                 log.error("%s: %s", punch, error)
+        return done
 
     async def _go_back(self) -> None:
         """To the committed state, after a commit that failed: what had landed since is absent again."""
@@ -340,9 +350,30 @@ class Writer:
         self._note_trouble(error)
         # Readers first: whoever still holds a map of what is lost looks again after its wait.
         self._readers.went_back(dict(self._ledger.views))
+        for event in self._flushing_failed:
+            event.set()
+        self._flushing_failed.clear()
         await trio.to_thread.run_sync(self._cut_lost, lost)
+
+    def _give_up(self) -> None:
+        """The last commit failed and there will be no other: whoever waits is told."""
+        for event in self._flushing:
+            event.set()
+        for command in self._queue:
+            match command:
+                case Land():
+                    self.not_kept_bytes += len(command.data)
+                    command.done(False)
+                case Doubt() | _Flush():
+                    command.done.set()
+        self._flushing.clear()
+        self._queue.clear()
 
     def _cut_lost(self, lost: Ledger) -> None:
         for segment in lost.uncommitted_segments():
             record = self._ledger.segments.get(segment)
-            self._segments.truncate(segment, record.end if record is not None else 0)
+            try:
+                self._segments.truncate(segment, record.end if record is not None else 0)
+            except OSError as error:
+                # Space, no more: nothing is appended to it again, and the next start cuts it off.
+                log.error("segment %d: %s", segment, error)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-Buffer = bytes | bytearray | memoryview
+from cachefs.blocks import Buffer
+
+__all__ = ["Buffer", "View"]
 
 
 class View(Protocol):
