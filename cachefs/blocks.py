@@ -31,10 +31,13 @@ class _Reading:
     view: StoredView
     wanted: Extent
     since_s: float
+    tried_at: int = -1
     tries: int = 0
 
     def try_again(self, offset: int) -> None:
-        self.tries += 1
+        """Counts tries at one offset; raises when they are too many."""
+        self.tries = self.tries + 1 if offset == self.tried_at else 1
+        self.tried_at = offset
         if self.tries > TRIES_MAX:
             raise OriginUnavailable(self.view.record.image, f"byte {offset} came and cannot be read")
 
@@ -88,6 +91,7 @@ class Blocks:
                 continue
             flight = self._fetcher.flight_for(view, at)
             if flight is not None:
+                self._fetcher.hurry(flight)
                 # Up to where its slab ends: after that the bytes may be in the store, or let go.
                 await flight.wait_for(min(wanted.end, view.span_of(at).end))
                 continue
@@ -149,7 +153,7 @@ class Blocks:
         # Others may have started what we want while the maps were read.
         free = [gap for absent in view.absent(around) for gap in self._fetcher.not_under_way(view, absent)]
         extent = windows.request(miss, free, want)
-        if extent.length and any(gap.meets(extent) for gap in free):
+        if extent is not None:
             pattern.follow(self._fetcher.start(view, extent, priority).extent, sequential)
 
     def reached_mark(self, view: StoredView, pattern: Pattern, offset: int) -> None:

@@ -9,11 +9,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachefs import __version__
 from cachefs.errors import CachefsError
+
+if TYPE_CHECKING:
+    from cachefs.store.check import Finding
 
 DONE, FAILED, USAGE = 0, 1, 2
 SOUND, DAMAGED = 0, 2
@@ -169,12 +173,21 @@ def _check(arguments: argparse.Namespace) -> int:
         path = config.load(arguments.config_file, arguments.config_dir, {}).store.path
     report = check(Path(path))
     if arguments.json:
-        _print_json(report.as_json())
-    else:
-        for finding in report.findings:
-            print(finding)
-        print(report.summary())
+        _print_json({**asdict(report), "findings": [_finding(found) for found in report.findings]})
+        return SOUND if report.sound else DAMAGED
+    for finding in report.findings:
+        print(finding)
+    if report.unlisted:
+        print(f"and {report.unlisted} more")
+    print(
+        f"{'sound' if report.sound else 'damaged'}: {report.spans} spans, {report.chunks} chunks, "
+        f"{size(report.bytes_verified)} verified"
+    )
     return SOUND if report.sound else DAMAGED
+
+
+def _finding(found: Finding) -> dict[str, str]:
+    return {"severity": found.severity.value, "where": found.where, "what": found.what}
 
 
 def _config_sample(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from cachefs.blocks import Blocks
 from cachefs.catalog import Catalog
 from cachefs.config import Config
 from cachefs.control import ControlServer
+from cachefs.errors import CachefsError
 from cachefs.fetcher import Fetcher
 from cachefs.fuse import Filesystem, Mount
 from cachefs.notify import notify
@@ -44,7 +45,19 @@ def run(config: Config) -> None:
     """Runs the daemon until SIGTERM, SIGINT or an unmount. Raises CachefsError when it cannot start."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _raise_file_limit()
-    trio.run(_main, config)
+    try:
+        trio.run(_main, config)
+    except BaseExceptionGroup as failures:
+        # Nurseries wrap what they let through. One line is for what can be said in one; the rest is a bug.
+        known, others = failures.split(CachefsError)
+        if known is None or others is not None:
+            raise
+        raise _first_of(known) from failures
+
+
+def _first_of(failures: BaseExceptionGroup[CachefsError]) -> CachefsError:
+    first = failures.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 async def _main(config: Config) -> None:
@@ -86,10 +99,11 @@ async def _serve(
                 await services.start(fetcher.run)
                 await services.start(catalog.run)
                 try:
-                    await control.open()
-                    mount.open()
                     async with trio.open_nursery() as serving:
-                        serving.start_soon(_until_signalled, serving.cancel_scope, blocks)
+                        # First: what is mounted without it would stay behind, dead, when a signal comes.
+                        await serving.start(_until_signalled, serving.cancel_scope, blocks)
+                        await control.open()
+                        mount.open()
                         serving.start_soon(control.serve)
                         serving.start_soon(_report, mount, store, status)
                         await mount.serve()
@@ -107,8 +121,11 @@ async def _serve(
             store.writer.stop()
 
 
-async def _until_signalled(scope: trio.CancelScope, blocks: Blocks) -> None:
+async def _until_signalled(
+    scope: trio.CancelScope, blocks: Blocks, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+        task_status.started()
         async for number in signals:
             if number == signal.SIGUSR1:
                 log_stacks(blocks)

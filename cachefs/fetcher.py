@@ -18,7 +18,7 @@ from enum import IntEnum
 
 import trio
 
-from cachefs.errors import OriginBusy, OriginError, OriginLied, RangeRefused
+from cachefs.errors import OriginBusy, OriginError, OriginLied, OriginUnavailable, RangeRefused
 from cachefs.plan.extents import BLOCK, PAGE, Extent, ceil, subtract
 from cachefs.plan.windows import Link
 from cachefs.sources import Source, Timing
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 MEMORY_MAX = 64 << 20
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.2, 5.0
+# Flights that wait for a place become one up to here; beyond it several connections are faster than one.
+TOGETHER_MAX = 4 << 20
 
 
 class Priority(IntEnum):
@@ -94,7 +96,7 @@ class Flight:
         if self.waiting:
             still = []
             for until, event in self.waiting:
-                if self.over or until <= self.at:
+                if self.over or until <= self.at or self.at >= self.extent.end:
                     event.set()
                 else:
                     still.append((until, event))
@@ -108,31 +110,38 @@ class _Slots:
     def __init__(self, total: int) -> None:
         self._free = total
         self._reserved = min(2, total - 1)
-        self._waiting: list[tuple[Priority, int, trio.Event]] = []
+        self._waiting: list[tuple[Priority, int, Flight, trio.Event]] = []
         self._order = itertools.count()
 
-    async def take(self, priority: Priority) -> None:
-        if not self._waiting and self._may(priority):
-            self._free -= 1
-            return
+    async def take(self, flight: Flight) -> None:
         event = trio.Event()
-        entry = (priority, next(self._order), event)
-        heapq.heappush(self._waiting, entry)
+        heapq.heappush(self._waiting, (flight.priority, next(self._order), flight, event))
+        self._serve()  # Even when others wait: they may wait for a place that demand need not wait for.
         try:
             await event.wait()
         except trio.Cancelled:
             if event.is_set():
                 self.give_back()
             else:
-                self._waiting.remove(entry)
+                self._waiting = [entry for entry in self._waiting if entry[3] is not event]
                 heapq.heapify(self._waiting)
             raise
 
     def give_back(self) -> None:
         self._free += 1
+        self._serve()
+
+    def hurry(self, flight: Flight) -> None:
+        """Somebody waits for a flight that was to read ahead."""
+        flight.priority = Priority.DEMAND
+        self._waiting = [(waiting.priority, order, waiting, event) for _, order, waiting, event in self._waiting]
+        heapq.heapify(self._waiting)
+        self._serve()
+
+    def _serve(self) -> None:
         while self._waiting and self._may(self._waiting[0][0]):
             self._free -= 1
-            heapq.heappop(self._waiting)[2].set()
+            heapq.heappop(self._waiting)[3].set()
 
     def _may(self, priority: Priority) -> bool:
         return self._free > (0 if priority is Priority.DEMAND else self._reserved)
@@ -257,6 +266,11 @@ class Fetcher:
                 return flight
         return None
 
+    def hurry(self, flight: Flight) -> None:
+        """A reader waits for this flight: it is no reading ahead any more."""
+        if not flight.started and flight.priority is not Priority.DEMAND:
+            self._slots.hurry(flight)
+
     def not_under_way(self, view: StoredView, extent: Extent) -> list[Extent]:
         """What of `extent` no flight brings or holds."""
         taken = []
@@ -280,7 +294,9 @@ class Fetcher:
         if view.record.origin is OriginMode.STREAM:
             return self._begin(Flight(view, Extent(0, view.size), priority, whole=True))
         for queued in self._flights.get(view, ()):
-            if not queued.started and not queued.whole and queued.extent.end == extent.start:
+            mergeable = not queued.started and not queued.whole and queued.priority <= priority
+            small = extent.end - queued.extent.start <= TOGETHER_MAX
+            if mergeable and small and queued.extent.end == extent.start:
                 queued.extent = Extent(queued.extent.start, extent.end)
                 return queued
         return self._begin(Flight(view, extent, priority))
@@ -292,7 +308,7 @@ class Fetcher:
         return flight
 
     def _forget(self, flight: Flight) -> None:
-        flights = self._flights[flight.view]
+        flights = self._flights.get(flight.view, [])
         if flight.over and not flight.slabs and flight in flights:
             flights.remove(flight)
             if not flights:
@@ -302,7 +318,7 @@ class Fetcher:
 
     async def _fly(self, flight: Flight) -> None:
         try:
-            await self._slots.take(flight.priority)
+            await self._slots.take(flight)
             try:
                 flight.started = True
                 await self._try(flight)
@@ -312,6 +328,11 @@ class Fetcher:
             flight.error = error
             self.counts.failures += 1
             log.warning("[image %s] %s", flight.view.record.image, error)
+        except Exception:  # A bug in one fetch is an error of its readers, not the end of everybody's mount.
+            image = flight.view.record.image
+            log.exception("[image %s] unexpected failure of a fetch", image)
+            flight.error = OriginUnavailable(image, "unexpected failure of a fetch")
+            self.counts.failures += 1
         finally:
             flight.over = True
             self._drop_unfilled(flight)
@@ -319,9 +340,8 @@ class Fetcher:
             self._forget(flight)
 
     async def _try(self, flight: Flight) -> None:
-        tries = 0
+        tries, best = 0, flight.at
         while flight.at < flight.extent.end:
-            best = flight.at
             try:
                 await self._request(flight)
             except RangeRefused:
@@ -329,12 +349,14 @@ class Fetcher:
                     raise
                 self._become_whole(flight)
             except OriginError as error:
-                tries = tries + 1 if flight.at <= best else 1
+                tries, best = tries + 1 if flight.at <= best else 1, max(best, flight.at)
                 allowed = self._retries if error.retries_max is None else min(error.retries_max, self._retries)
                 if tries > allowed:
                     raise
                 self.counts.retries += 1
                 log.debug("[image %s] %s: trying again", flight.view.record.image, error)
+                if flight.whole:
+                    flight.at = 0  # Who lacks something from here on waits for it, and begins no second stream.
                 await trio.sleep(self._pause_s(tries, error))
 
     @staticmethod
@@ -345,7 +367,7 @@ class Fetcher:
 
     async def _request(self, flight: Flight) -> None:
         view = flight.view
-        sink = _FlightSink(self, flight, 0 if flight.whole else flight.at)
+        sink = _FlightSink(self, flight)
         self.counts.requests += 1
         try:
             if flight.whole:
@@ -366,19 +388,22 @@ class Fetcher:
         # Flights share the link: what one of them got is its part of it.
         at_once = sum(1 for f in self.flights() if f.started and not f.over)
         length = flight.extent.end - sink.start
-        self.link.observe(timing.first_byte_s, length * at_once, max(timing.body_s - sink.waited_s, 1e-6))
+        first_byte_s = max(timing.first_byte_s - sink.waited_first_s, 0.0)
+        self.link.observe(first_byte_s, length * at_once, max(timing.body_s - sink.waited_s, 1e-6))
 
     def _become_whole(self, flight: Flight) -> None:
         """This image comes as one stream or not at all: so does this flight, unless one is on its way."""
         view = flight.view
         self._store.set_origin(view, OriginMode.STREAM)
-        other = next((f for f in self._flights[view] if f.whole and not f.over), None)
-        if other is not None:
-            flight.extent = Extent(flight.at, flight.at)  # Its waiters look again, and find the other.
-            return
-        flight.whole = True
-        flight.extent = Extent(0, view.size)
-        flight.at = 0
+        whole = next((f for f in self._flights[view] if f.whole and not f.over), flight)
+        for other in self._flights[view]:
+            if other is not whole and (other is flight or not other.started):
+                other.extent = Extent(other.at, other.at)  # Its waiters look again, and find the stream.
+                other.wake()
+        if whole is flight:
+            flight.whole = True
+            flight.extent = Extent(0, view.size)
+            flight.at = 0
 
     # ── slabs ──
 
@@ -413,23 +438,35 @@ class Fetcher:
 
 
 class _FlightSink:
-    """Takes one request's body into its flight's slabs. A stream that begins again fills what is behind the
-    flight's `at` into slabs that nobody waits for."""
+    """Takes one request's body into its flight's slabs. For lack of memory the first byte was kept waiting for
+    `waited_first_s`, and the others for `waited_s`."""
 
-    def __init__(self, fetcher: Fetcher, flight: Flight, start: int) -> None:
+    def __init__(self, fetcher: Fetcher, flight: Flight) -> None:
         self._fetcher, self._flight = fetcher, flight
         self._slab: Slab | None = None
-        self.start = self.at = start
-        self.waited_s = 0.0
+        self._closed = False
+        self.start = self.at = flight.at
+        self.waited_s = self.waited_first_s = 0.0
 
     async def room(self) -> memoryview:
         if self._slab is None:
             began_s = trio.current_time()
             if self.at >= self._flight.extent.end:
                 raise OriginLied(self._flight.view.record.image, "more bytes came than were asked for")
-            self._slab = await self._fetcher.new_slab(self._flight, self.at)
-            self.waited_s += trio.current_time() - began_s
+            slab = await self._fetcher.new_slab(self._flight, self.at)
+            if self._closed:  # It is a thread that a cancelled flight left behind.
+                self._fetcher.drop_slab(self._flight, slab)
+                raise OriginUnavailable(self._flight.view.record.image, "nobody waits for these bytes any more")
+            self._slab = slab
+            waited_s = trio.current_time() - began_s
+            if self.at == self.start:
+                self.waited_first_s = waited_s
+            else:
+                self.waited_s += waited_s
         return self._slab.data[self._slab.filled : self._slab.length]
+
+    def room_now(self) -> memoryview | None:
+        return None if self._slab is None else self._slab.data[self._slab.filled : self._slab.length]
 
     def arrived(self, n: int) -> None:
         slab, flight = self._slab, self._flight
@@ -440,17 +477,17 @@ class _FlightSink:
         if slab.filled == slab.length:
             self._slab = None
             self._fetcher.keep_slab(flight, slab)
-        flight.at = max(flight.at, self.at)
+        flight.at = self.at
         flight.wake()
 
     def close(self) -> None:
         """The request is over: what it brought of an unfinished slab is worth keeping."""
         slab, self._slab = self._slab, None
+        self._closed = True
         if slab is None:
             return
         flight = self._flight
         loose = slab.filled % BLOCK if self.at != flight.view.size else 0
-        if flight.at == self.at:
-            flight.at -= loose  # The next try begins on a block again.
+        flight.at -= loose  # The next try begins on a block again.
         slab.filled -= loose
         self._fetcher.keep_slab(flight, slab)

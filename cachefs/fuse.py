@@ -233,7 +233,7 @@ class Filesystem(pyfuse3.Operations):
         value = self._xattrs(self._image(inode)).get(name.removeprefix(XATTR_PREFIX).decode(errors="replace"))
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
-        return value.encode(errors="surrogateescape")
+        return value.encode(errors="replace")  # JSON lets a name have a lone surrogate.
 
     async def listxattr(self, inode: int, ctx: RequestContext) -> Any:
         return await _answer(self._listxattr, inode)
@@ -359,6 +359,7 @@ def prepare_mountpoint(mountpoint: str) -> None:
         raise MountError(mountpoint, "there is no /dev/fuse: load the fuse module (modprobe fuse)")
     try:
         is_folder = stat.S_ISDIR(os.stat(mountpoint).st_mode)
+        os.statvfs(mountpoint)  # Of a dead mount the kernel may still know the attributes, but never this.
     except FileNotFoundError:
         raise MountError(mountpoint, "no such folder: make it first (mkdir)") from None
     except OSError as error:

@@ -20,7 +20,7 @@ CHUNK_PAGES_MAX = 64
 CUT_MASK = 0xF
 
 ZERO_PAGE = bytes(PAGE)
-_ZERO_HASH = xxh3_64_intdigest(ZERO_PAGE)
+_WORDS = PAGE // 8
 
 
 class Piece(NamedTuple):
@@ -36,19 +36,23 @@ def cut(data: memoryview) -> list[Piece]:
     if len(data) % PAGE:
         raise ValueError("data to cut must be whole pages")
     pieces: list[Piece] = []
+    words = data.cast("Q")
     begin = 0  # First page of the run under way.
     in_hole = False
     for page in range(len(data) // PAGE):
-        view = data[page * PAGE : page * PAGE + PAGE]
-        digest = xxh3_64_intdigest(view)
-        # Comparing whole pages costs a copy; the hash says when it is worth it.
-        zero = digest == _ZERO_HASH and bytes(view) == ZERO_PAGE
+        at = page * PAGE
+        # The first word says of nearly every page that it is not zero; comparing the whole costs a copy.
+        zero = not words[page * _WORDS] and bytes(data[at : at + PAGE]) == ZERO_PAGE
         if zero != in_hole:
             if page > begin:
                 pieces.append(Piece(begin, page - begin, in_hole))
             begin, in_hole = page, zero
+        if zero:
+            continue
         length = page + 1 - begin
-        if not zero and ((length >= CHUNK_PAGES_MIN and not digest & CUT_MASK) or length == CHUNK_PAGES_MAX):
+        if length >= CHUNK_PAGES_MIN and (
+            not xxh3_64_intdigest(data[at : at + PAGE]) & CUT_MASK or length == CHUNK_PAGES_MAX
+        ):
             pieces.append(Piece(begin, length, False))
             begin = page + 1
     total = len(data) // PAGE

@@ -18,6 +18,10 @@ class Sink(Protocol):
         """A writable place for the next bytes, at least one; waits while too much is in memory."""
         ...
 
+    def room_now(self) -> memoryview | None:
+        """The same without waiting; None where `room` would have to wait, or to begin a new piece."""
+        ...
+
     def arrived(self, n: int) -> None:
         """The first `n` bytes of the last `room` are the next `n` bytes of the body."""
         ...

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import select
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ T = TypeVar("T")
 
 # One read of the socket: what a fast link has ready at once, so that a piece costs little and comes soon.
 PIECE_BYTES = 1 << 20
+# Handing on costs the loop some 50 us, so what comes in within a moment is handed on together.
+HAND_ON_S = 0.001
 # Glance's own bound on a page of a listing.
 LISTING_PAGE = 1000
 RETRY_AFTER_MAX_S = 30.0
@@ -112,23 +115,29 @@ class Glance:
     @staticmethod
     def _pass_on(image: str, length: int, body: urllib3.BaseHTTPResponse, sink: Sink) -> float:
         """Gives the body's `length` bytes to `sink`; returns when the first of them came (monotonic)."""
-        first_s = 0.0
-        room: memoryview = trio.from_thread.run(sink.room)
-        at = 0
 
-        async def step(n: int, more: bool) -> memoryview:
+        def hand_on(n: int) -> memoryview | None:
             sink.arrived(n)
-            return await sink.room() if more else memoryview(b"")
+            return sink.room_now()
 
+        room: memoryview = trio.from_thread.run(sink.room)
+        first_s = handed_s = 0.0
+        at = ready = 0
         while at < length:
-            piece = body.read1(min(len(room), PIECE_BYTES))
-            if not first_s:
-                first_s = time.monotonic()
+            piece = body.read1(min(len(room) - ready, PIECE_BYTES))
+            now_s = time.monotonic()
+            first_s = first_s or now_s
             if not piece:
                 raise OriginUnavailable(image, f"the body ended {length - at} bytes early")
-            room[: len(piece)] = piece
+            room[ready : ready + len(piece)] = piece
+            ready += len(piece)
             at += len(piece)
-            room = trio.from_thread.run(step, len(piece), at < length)
+            # At the end the body has no socket any more to ask.
+            if at == length or ready == len(room) or now_s >= handed_s + HAND_ON_S or not _has_more(body):
+                more = trio.from_thread.run_sync(hand_on, ready)
+                ready, handed_s = 0, time.monotonic()
+                if at < length:
+                    room = more if more is not None else trio.from_thread.run(sink.room)
         if body.read1(1):
             raise OriginLied(image, "the body is longer than what was asked for")
         return first_s
@@ -151,22 +160,28 @@ class Glance:
         where: dict[str, Any] = (
             {"endpoint_override": endpoint} if endpoint else {"endpoint_filter": self._auth.endpoint_filter}
         )
-        if not endpoint:
-            path = path.removeprefix("/v2") if self._catalog_has_version() else path
         with _faults(image):
+            if not endpoint:
+                path = path.removeprefix("/v2") if self._catalog_has_version() else path
             answer = self._session.get(
                 path, headers=headers, stream=True, raise_exc=False, redirect=False, connect_retries=0, **where
             )
-            if answer.status_code >= 300:
-                try:
-                    raise _refusal(image, answer)
-                finally:
-                    answer.close()
-            return answer
+            if answer.status_code < 300:
+                return answer
+            try:
+                refusal = _refusal(image, answer)
+            finally:
+                answer.close()
+        if isinstance(refusal, ImageGone):
+            self._ask_one(image, endpoint, lambda client: _shown(client, image))
+            raise OriginUnavailable(image, f"its bytes are not found, and it is there: {refusal.detail}")
+        raise refusal
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  # One Glance per daemon.
     def _catalog_has_version(self) -> bool:
-        found = self._session.get_endpoint(**self._auth.endpoint_filter) or ""
+        found = self._session.get_endpoint(**self._auth.endpoint_filter)
+        if not found:  # Not an answer to remember: it may be entered tomorrow.
+            raise ksa.EndpointNotFound("the catalog has no such endpoint")
         return found.rstrip("/").endswith("/v2")
 
     def _from_endpoints(self, ask: Callable[[str | None], T]) -> T:
@@ -203,35 +218,53 @@ class Glance:
         return await self._metadata("(all)", ask)
 
     async def image(self, image: str) -> dict[str, Any]:
-        """See `Registry.image`. A 404 counts when the same endpoint gives a listing: a proxy's, or that of a
-        wrong path, says nothing of the image."""
-
-        def ask(client: Client) -> dict[str, Any]:
-            try:
-                return dict(client.images.get(image))
-            except glanceclient.exc.HTTPNotFound:
-                try:
-                    next(iter(client.images.list(limit=1)), None)
-                except glanceclient.exc.HTTPNotFound as error:
-                    raise OriginUnavailable(image, f"no Glance answers there: {error}") from error
-                raise
-
-        return await self._metadata(image, ask)
+        """See `Registry.image`."""
+        return await self._metadata(image, lambda client: _shown(client, image))
 
     async def _metadata(self, image: str, ask: Callable[[Client], T]) -> T:
-        def ask_one(endpoint: str | None) -> T:
-            with _faults(image):
-                return ask(self._client(endpoint))
-
         return await trio.to_thread.run_sync(
-            self._from_endpoints, ask_one, limiter=self._metadata_threads, abandon_on_cancel=True
+            self._from_endpoints,
+            lambda endpoint: self._ask_one(image, endpoint, ask),
+            limiter=self._metadata_threads,
+            abandon_on_cancel=True,
         )
+
+    def _ask_one(self, image: str, endpoint: str | None, ask: Callable[[Client], T]) -> T:
+        with _faults(image):
+            try:
+                return ask(self._client(endpoint))
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                # glanceclient takes for Glance's whatever comes with a good status.
+                raise OriginUnavailable(image, f"no Glance answers there: {error!r}") from error
 
     def _client(self, endpoint: str | None) -> Client:
         if endpoint is not None:
             return Client(session=self._session, endpoint_override=endpoint)
         where = dict(self._auth.endpoint_filter)
         return Client(session=self._session, **where)
+
+
+def _shown(client: Client, image: str) -> dict[str, Any]:
+    """One image. A 404 counts when the same endpoint gives a listing: a proxy's, or that of a wrong path, says
+    nothing of the image."""
+    try:
+        found = dict(client.images.get(image))
+    except glanceclient.exc.HTTPNotFound:
+        try:
+            next(iter(client.images.list(limit=1)), None)
+        except glanceclient.exc.HTTPNotFound as error:
+            raise OriginUnavailable(image, f"no Glance answers there: {error}") from error
+        raise
+    if found.get("id") != image:
+        raise OriginUnavailable(image, f"the answer is about {found.get('id')!r}")
+    return found
+
+
+def _has_more(body: urllib3.BaseHTTPResponse) -> bool:
+    """Whether the next bytes will be here within a moment that is worth waiting."""
+    asked = select.poll()  # Not select(2), which takes no file beyond the 1024th: segments are open, too.
+    asked.register(body.fileno(), select.POLLIN)
+    return bool(asked.poll(HAND_ON_S * 1000))
 
 
 @contextmanager
@@ -242,7 +275,9 @@ def _faults(image: str) -> Iterator[None]:
     except OriginError:
         raise
     except glanceclient.exc.HTTPException as error:
-        raise _from_status(image, int(error.code), str(error)) from error
+        if not isinstance(error.code, int):  # It knows no name for 429 or 504.
+            raise OriginUnavailable(image, str(error)) from error
+        raise _from_status(image, error.code, str(error)) from error
     except (
         ksa.http.Unauthorized,
         ksa.AuthorizationFailure,
@@ -253,7 +288,7 @@ def _faults(image: str) -> Iterator[None]:
         # From Keystone, so it says nothing of the image; a deleted application credential is a 404 there.
         refused = error.http_status < 500 and error.http_status != 429
         raise (OriginUnauthorized if refused else OriginUnavailable)(image, f"identity: {error}") from error
-    except (ksa.ClientException, glanceclient.exc.ClientException) as error:
+    except (ksa.ClientException, glanceclient.exc.ClientException, glanceclient.exc.BaseException) as error:
         raise OriginUnavailable(image, f"{type(error).__name__}: {error}") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise OriginUnavailable(image, f"{type(error).__name__}: {error}") from error

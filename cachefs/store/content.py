@@ -122,7 +122,9 @@ class StoredView:
         if segment > 0:
             piece = self._buffer[:length]
             try:
-                if preadv(self._files[segment], (piece,), span_map.sources[i] + within, RWF_NOWAIT) == length:
+                # A segment whose file is missing: EBADF, as good as any other error.
+                file = self._files.get(segment, -1)
+                if preadv(file, (piece,), span_map.sources[i] + within, RWF_NOWAIT) == length:
                     return piece
             except OSError as error:
                 self._store.note_read_error(error)
@@ -140,7 +142,7 @@ class StoredView:
                 piece = self._buffer[at : at + n]
                 if segment > 0:
                     try:
-                        if preadv(self._files[segment], (piece,), source, RWF_NOWAIT) != n:
+                        if preadv(self._files.get(segment, -1), (piece,), source, RWF_NOWAIT) != n:
                             return None
                     except OSError as error:
                         self._store.note_read_error(error)
@@ -204,19 +206,18 @@ class StoredView:
     async def load(self, extent: Extent) -> None:
         """Makes sure that the maps of `extent`'s spans are in memory. No checkpoint when they are."""
         while missing := [span for span in self._spans(extent) if span not in self._maps]:
-            token = object()
-            for span in missing:
-                self._loading[span] = token
+            # One token for all who load at once: each overruling the other, two could go on for ever.
+            tokens = {span: self._loading.setdefault(span, object()) for span in missing}
             try:
                 loaded = await trio.to_thread.run_sync(
                     self._store.load_maps, self.number, missing, self.size, limiter=self._store.disk_reads
                 )
             finally:
-                mine = [span for span in missing if self._loading.get(span) is token]
-                for span in mine:
+                valid = [span for span, token in tokens.items() if self._loading.get(span) is token]
+                for span in valid:
                     del self._loading[span]
             # Where `published` or another loader was faster, ours may be older than what stands there.
-            for span in mine:
+            for span in valid:
                 if span not in self._maps:
                     self._put_map(span, loaded[span])
 
@@ -509,6 +510,6 @@ class _Committed:
                 log.error("%s: taken for lost", error)
                 return None
 
-    def candidates(self, digest: bytes) -> list[f.ChunkId]:
+    def candidates(self, digest: bytes, most: int) -> list[f.ChunkId]:
         with self._index.reading() as snapshot:
-            return snapshot.candidates(digest)
+            return snapshot.candidates(digest, most)

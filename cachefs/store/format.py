@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import struct
-from array import array
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, NewType
@@ -227,17 +226,13 @@ def split_span_key(key: bytes) -> tuple[ViewNo, SpanNo]:
 
 
 def encode_recipe(key: bytes, recipe: Recipe) -> bytes:
-    words = array(
-        "Q",
-        [(e.kind << 62) | (e.pages << _ENTRY_ID_BITS) | e.chunk for e in recipe],
-    )
-    return seal(Table.SPANS, key, words.tobytes())
+    words = [(e.kind << 62) | (e.pages << _ENTRY_ID_BITS) | e.chunk for e in recipe]
+    return seal(Table.SPANS, key, struct.pack(f"<{len(words)}Q", *words))
 
 
 def decode_recipe(key: bytes, record: bytes) -> Recipe:
     payload = unseal(Table.SPANS, key, record)
-    words = array("Q")
-    words.frombytes(payload)
+    words = struct.unpack(f"<{len(payload) // 8}Q", payload)
     return tuple(Entry(Kind(w >> 62), (w >> _ENTRY_ID_BITS) & _PAGES_MASK, ChunkId(w & _ID_MASK)) for w in words)
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import lmdb
@@ -61,12 +62,12 @@ class Snapshot:
         record = self.get(Table.CHUNKS, key)
         return None if record is None else Chunk.decode(key, record)
 
-    def candidates(self, digest: bytes) -> list[ChunkId]:
-        """The chunks that have this digest: usually none or one, several where it was forged."""
+    def candidates(self, digest: bytes, most: int) -> list[ChunkId]:
+        """The first `most` chunks that have this digest: usually none or one, more where it was forged."""
         cursor = self._txn.cursor(self._tables[Table.DIGESTS])
         if not cursor.set_key(digest):
             return []
-        return [f.split_chunk_key(bytes(value)) for value in cursor.iternext_dup()]
+        return [f.split_chunk_key(bytes(value)) for value in islice(cursor.iternext_dup(), most)]
 
     def items(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Every (key, record) of `table` in the order of the keys, those that begin with `prefix`."""
@@ -164,6 +165,8 @@ class Index:
                 self._gate.wait()
             try:
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
+            except lmdb.Error as error:
+                raise OSError(f"the index cannot grow: {error}") from error
             finally:
                 self._growing = False
                 self._gate.notify_all()

@@ -29,7 +29,7 @@ from cachefs.store.format import (
     ViewNo,
     digest_of,
 )
-from cachefs.store.ledger import Ledger
+from cachefs.store.ledger import CANDIDATES_MAX, Ledger
 from cachefs.store.recipe import (
     NO_CHUNK,
     SpanMap,
@@ -93,7 +93,9 @@ class Lander:
                 part = data[(begin - first) * PAGE : (end - first) * PAGE]
                 begin, entries = self._widen(old, begin, end, self._cut(plan, part))
                 recipe = replaced(recipe, begin, sum(e.pages for e in entries), entries)
-        in_pieces = count < pages
+        if recipe == old:
+            return Landed(view, span, SpanMap.of(old, self._ledger.chunk), self._ledger.views[view].cached)
+        in_pieces = count < pages or old != absent_recipe(pages)
         if in_pieces and self._is_whole(recipe, plan):
             whole = self._assemble(recipe, plan)
             if whole is not None:
@@ -150,7 +152,7 @@ class Lander:
 
     def _same_or_new(self, plan: _Plan, piece: memoryview) -> ChunkId:
         digest = digest_of(piece)
-        for chunk_id in plan.by_digest.get(digest, ()):
+        for chunk_id in plan.by_digest.get(digest, ())[:CANDIDATES_MAX]:
             if bytes(plan.new[chunk_id][1]) == bytes(piece):
                 self.bytes_shared += len(piece)
                 return chunk_id

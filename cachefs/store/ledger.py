@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 from cachefs.plan.extents import Extent, coalesce
@@ -35,13 +36,17 @@ from cachefs.store.format import (
 )
 from cachefs.store.index import WriteSet
 
+# Chance gives one. An image full of forged twins gives as many as it has chunks, and comparing each with all
+# others would occupy the writer for hours: beyond this many they are stored without a look.
+CANDIDATES_MAX = 8
+
 
 class Committed(Protocol):
     """The durable state below the layers: one short look-up each."""
 
     def recipe(self, view: ViewNo, span: SpanNo) -> Recipe | None: ...
     def chunk(self, chunk: ChunkId) -> Chunk | None: ...
-    def candidates(self, digest: bytes) -> list[ChunkId]: ...
+    def candidates(self, digest: bytes, most: int) -> list[ChunkId]: ...
 
 
 @dataclass
@@ -106,11 +111,13 @@ class Ledger:
         return found is not None and not found.rotten
 
     def candidates(self, digest: bytes) -> list[tuple[ChunkId, Chunk]]:
-        """The living chunks that have this digest, and so may be the same bytes."""
+        """The living chunks that have this digest, and so may be the same bytes; not all where it was forged."""
         # The layers first: what leaves them while we look is in the index by then.
-        ids = dict.fromkeys(chunk for layer in self._layers for chunk in layer.digests.get(digest, ()))
-        ids.update(dict.fromkeys(self._committed.candidates(digest)))
-        found = ((chunk_id, self.chunk(chunk_id)) for chunk_id in ids)
+        ids = dict.fromkeys(
+            chunk for layer in self._layers for chunk in layer.digests.get(digest, ())[:CANDIDATES_MAX]
+        )
+        ids.update(dict.fromkeys(self._committed.candidates(digest, CANDIDATES_MAX)))
+        found = ((chunk_id, self.chunk(chunk_id)) for chunk_id in islice(ids, CANDIDATES_MAX))
         return [(chunk_id, chunk) for chunk_id, chunk in found if chunk is not None and not chunk.rotten]
 
     # ── changes ──

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -42,16 +43,20 @@ class StoreLock:
     """Holds `<store>/lock` for this process: a second daemon is refused, a dead one's lock is gone with it."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / LOCK
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self._file = os.open(folder / LOCK, flags, 0o600)
+        except OSError as error:
+            raise StoreUnusable(str(folder), f"cannot be locked: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "another process"
             os.close(self._file)
             raise StoreLocked(str(folder), f"in use by process {holder}") from None
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # A full disk: the number is only for who is refused.
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         os.close(self._file)
@@ -83,13 +88,14 @@ def open_store(folder: Path, span_size: int | None = None, map_size: int = MAP_S
     """Opens the store in `folder`, or makes one where there is nothing. `span_size` (bytes) is what a new store
     gets, and what an old one must have. Raises StoreUnusable or one of its kinds."""
     make_folder(folder)
+    # Before the lock, whose file a foreign folder may have too.
+    names = set(os.listdir(folder))
+    if INDEX not in names and names - {LOCK, SEGMENTS}:
+        raise StoreFormat(str(folder), "the folder is not empty and holds no cachefs store")
     lock = StoreLock(folder)
     index: Index | None = None
     segments = Segments(folder / SEGMENTS)
     try:
-        is_new = not (folder / INDEX).exists()
-        if is_new and set(os.listdir(folder)) - {LOCK, SEGMENTS}:
-            raise StoreFormat(str(folder), "the folder is not empty and holds no cachefs store")
         (folder / INDEX).mkdir(mode=0o700, exist_ok=True)
         (folder / SEGMENTS).mkdir(mode=0o700, exist_ok=True)
         index = Index(folder / INDEX, map_size)
@@ -163,18 +169,28 @@ def _recover(folder: Path, lock: StoreLock, index: Index, segments: Segments, re
         punches = [Punch.decode(key, value) for key, value in snapshot.items(Table.PUNCHES)]
     opened = Opened(folder, lock, index, segments, record, counters, views, records, None)
     _open_segments(opened)
-    for punch in punches:
-        segments.punch(punch)
-    if punches:
-        writes = WriteSet()
-        for punch in punches:
-            writes.put(Table.PUNCHES, punch.key, None)
-        index.commit(writes)
-    opened.punches_done = len(punches)
+    _punch(opened, punches)
     last = max(records, default=None)
     if last is not None and last in segments.files and room_in(records[last].end) > 0:
         opened.append_to = last
     return opened
+
+
+def _punch(opened: Opened, punches: list[Punch]) -> None:
+    """Does what is noted. A full disk may refuse it (a hole splits an extent): the note stays, for next time."""
+    writes = WriteSet()
+    try:
+        for punch in punches:
+            opened.segments.punch(punch)
+            writes.put(Table.PUNCHES, punch.key, None)
+            opened.punches_done += 1
+    except OSError as error:
+        log.error("freed bytes cannot be given back: %s", error)
+    try:
+        if writes:
+            opened.index.commit(writes)
+    except OSError as error:
+        log.error("%s", error)
 
 
 def _open_segments(opened: Opened) -> None:

@@ -20,7 +20,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 RWF_NOWAIT = os.RWF_NOWAIT
-_IOV_MAX = 1000
+
+# A longer write makes the kernel look for pages of its own size (up to 2 MiB). In a guest whose host takes free
+# memory back those are the ones that must be faulted in again: measured 2 to 4 s for a GiB, and 0.3 s like this.
+WRITE_BYTES = 256 << 10
 
 
 class Segments:
@@ -63,15 +66,12 @@ class Segments:
     def append(self, segment: SegmentNo, offset: int, parts: Sequence[memoryview]) -> None:
         """Writes `parts` one behind the other from `offset`. Raises OSError; a part of it may be written."""
         file = self.files[segment]
-        for begin in range(0, len(parts), _IOV_MAX):
-            some = list(parts[begin : begin + _IOV_MAX])
-            while some:
-                written = os.pwritev(file, some, offset)
-                offset += written
-                while some and written >= len(some[0]):
-                    written -= len(some.pop(0))
-                if some and written:
-                    some[0] = some[0][written:]
+        for part in parts:
+            for begin in range(0, len(part), WRITE_BYTES):
+                some = part[begin : begin + WRITE_BYTES]
+                while some:
+                    written = os.pwrite(file, some, offset)
+                    some, offset = some[written:], offset + written
 
     def read(self, segment: SegmentNo, offset: int, length: int) -> bytes:
         """May return less than `length` where the file ends early; may wait for the disk."""

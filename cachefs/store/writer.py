@@ -168,13 +168,15 @@ class Writer:
     # ── the task ──
 
     async def run(self) -> None:
+        last_try = False
         async with trio.open_nursery() as nursery:
             while True:
                 if self._commit_failed is not None:
                     await self._go_back()
-                    if self._stopping:
+                    if last_try:
                         self._give_up()
                         break
+                    last_try = self._stopping  # What is no fetched byte deserves one more.
                 group = self._take()
                 if group:
                     await self._land(group)
