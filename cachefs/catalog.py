@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import trio
 
 from cachefs.errors import ImageGone, NoEntry, NotPermitted, OriginError, OriginUnavailable
-from cachefs.namespace import unique_links
+from cachefs.namespace import image_id, unique_links
 from cachefs.sources import Registry
 from cachefs.store.content import Store
 
@@ -32,6 +32,7 @@ UNKNOWN_WAIT_S = 20.0
 UNWELL_S = 10.0
 NEGATIVES_MAX = 10_000
 
+SIZE_MAX = (1 << 63) - 1  # What stat(2) can say.
 SHOWN = ("active", "deactivated")
 
 
@@ -61,6 +62,15 @@ class Image:
             for mine, theirs in ((self.checksum, other.checksum), (self.os_hash_value, other.os_hash_value))
         )
 
+    def with_hashes_of(self, known: Image) -> Image:
+        """This, and what was known of its bytes: an answer that names no hash takes none back."""
+        return replace(
+            self,
+            checksum=self.checksum or known.checksum,
+            os_hash_algo=self.os_hash_algo or known.os_hash_algo,
+            os_hash_value=self.os_hash_value or known.os_hash_value,
+        )
+
     @classmethod
     def from_fields(cls, image: str, stored: dict[str, Any]) -> Image:
         known = {f.name for f in fields(cls)}
@@ -68,18 +78,19 @@ class Image:
 
 
 def from_glance(answer: dict[str, Any], number: int) -> Image | None:
-    """An image from Glance's own fields; None while it has no bytes that could be read."""
+    """An image from Glance's own fields; None while it has no bytes that could be read, or cannot be a file."""
     size = answer.get("size")
-    if answer.get("status") not in SHOWN or not isinstance(size, int) or size < 0:
+    id_ = image_id(str(answer.get("id")).encode(errors="replace"))
+    if id_ is None or answer.get("status") not in SHOWN or not isinstance(size, int) or not 0 <= size <= SIZE_MAX:
         return None
     return Image(
-        id=str(answer["id"]),
+        id=id_,
         number=number,
         size=size,
         status=str(answer["status"]),
         updated_s=_epoch_s(answer.get("updated_at")),
         **{
-            key: answer.get(key)
+            key: answer[key] if isinstance(answer.get(key), str) else None
             for key in (
                 "name", "disk_format", "container_format", "owner", "visibility", "checksum", "os_hash_algo",
                 "os_hash_value",
@@ -112,6 +123,7 @@ class Catalog:
         self._listed_s = self._unwell_until_s = -float("inf")
         self._listed: set[str] | None = None
         self._asking: dict[str, _Question] = {}
+        self._newer: set[str] = set()  # Answered for themselves while a listing was under way.
         self._nursery: trio.Nursery | None = None
         self.on_gone: Callable[[Image], None] = lambda image: None
         self.last_error: str | None = None
@@ -219,6 +231,9 @@ class Catalog:
             if self.last_error is None:
                 log.warning("Glance cannot say what there is; known images stay: %s", error)
             self.last_error = str(error)
+        except Exception:  # A bug in one question is no reason to take the mount down.
+            log.exception("unexpected failure of a question to Glance")
+            question.error = OriginUnavailable(key or "(all)", "unexpected failure of the question")
         finally:
             del self._asking[key]
             question.answered.set()
@@ -229,17 +244,20 @@ class Catalog:
             answer = await self._registry.image(image)
         except ImageGone:
             self._gone(image)
-            return
-        self._unwell_until_s = -float("inf")
-        self._take(answer)
+        else:
+            self._unwell_until_s = -float("inf")
+            self._take(answer)
+        if "" in self._asking:
+            self._newer.add(image)
 
     async def _ask_all(self) -> None:
         self.listings += 1
+        self._newer.clear()
         answers = await self._registry.images()
         self._unwell_until_s = -float("inf")
         self._listed_s = trio.current_time()
-        taken = [self._take(answer) for answer in answers]
-        listed = {image.id for image in taken if image is not None}
+        taken = [self._take(answer) for answer in answers if str(answer.get("id")) not in self._newer]
+        listed = {image.id for image in taken if image is not None} | (self._newer & set(self._images))
         # What is known and was not listed may have gone, or be hidden from this account: asked when opened.
         for unlisted in set(self._images) - listed:
             self._checked_s.pop(unlisted, None)
@@ -259,9 +277,11 @@ class Catalog:
         if image is None:
             self._remember_unknown(id_)
             return None
-        if known is not None and not known.may_be(image):
-            log.error("[image %s] is said to have other bytes than it had: not believed", id_)
-            return known
+        if known is not None:
+            if not known.may_be(image):
+                log.error("[image %s] is said to have other bytes than it had: not believed", id_)
+                return known
+            image = image.with_hashes_of(known)
         if number == 0:
             image = from_glance(answer, self._store.new_image_number())
             assert image is not None

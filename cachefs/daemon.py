@@ -109,6 +109,8 @@ async def _serve(
                         await mount.serve()
                         serving.cancel_scope.cancel()
                 finally:
+                    for number in (signal.SIGTERM, signal.SIGINT):
+                        signal.signal(number, signal.SIG_IGN)  # It is stopping already; a commit is not to be cut.
                     # 1. No more requests: whoever has a file open gets errors from now on.
                     notify(STOPPING="1", STATUS="unmounting")
                     mount.close()

@@ -48,6 +48,7 @@ class Slab:
     length: int
     data: memoryview
     filled: int = 0
+    loose: bool = False  # A thread that was left behind may still write into it: not to be used again.
 
     @property
     def end(self) -> int:
@@ -86,9 +87,13 @@ class Flight:
     async def wait_for(self, offset: int) -> None:
         """Returns when the bytes before `offset` have arrived, or the flight is over; raises its error anew."""
         if not self.over and self.at < min(offset, self.extent.end):
-            event = trio.Event()
-            self.waiting.append((min(offset, self.extent.end), event))
-            await event.wait()
+            entry = (min(offset, self.extent.end), trio.Event())
+            self.waiting.append(entry)
+            try:
+                await entry[1].wait()
+            finally:
+                if entry in self.waiting:  # The reader went away.
+                    self.waiting.remove(entry)
         if self.error is not None and self.at < offset:
             raise self.error.again()
 
@@ -173,7 +178,7 @@ class _Memory:
         """Nobody looks at the slab any more: readers copy out of it, and the store is done with it."""
         whole = slab.data.obj
         assert isinstance(whole, bytearray)
-        if len(whole) == self._span_size and len(self._spare) < self.total // self._span_size:
+        if not slab.loose and len(whole) == self._span_size and len(self._spare) < self.total // self._span_size:
             self._spare.append(whole)
         self.give_back(len(slab.data))
 
@@ -342,6 +347,7 @@ class Fetcher:
     async def _try(self, flight: Flight) -> None:
         tries, best = 0, flight.at
         while flight.at < flight.extent.end:
+            began_at = flight.at
             try:
                 await self._request(flight)
             except RangeRefused:
@@ -351,7 +357,10 @@ class Fetcher:
             except OriginError as error:
                 tries, best = tries + 1 if flight.at <= best else 1, max(best, flight.at)
                 allowed = self._retries if error.retries_max is None else min(error.retries_max, self._retries)
-                if tries > allowed:
+                # A guest would rather wait than see an error: an origin that is away is tried while a reader
+                # waits, which its deadline bounds.
+                patient = isinstance(error, OriginUnavailable) and flight.at == began_at and flight.waiting
+                if tries > allowed and not patient:
                     raise
                 self.counts.retries += 1
                 log.debug("[image %s] %s: trying again", flight.view.record.image, error)
@@ -376,6 +385,9 @@ class Fetcher:
                 timing = await self._source.fetch(
                     view.record.image, view.size, Extent(flight.at, flight.extent.end), sink
                 )
+        except trio.Cancelled:
+            sink.leave()
+            raise
         finally:
             sink.close()
         if sink.at != flight.extent.end:
@@ -385,11 +397,10 @@ class Fetcher:
     def _learn(self, flight: Flight, sink: _FlightSink, timing: Timing) -> None:
         if not flight.whole and flight.view.record.origin is OriginMode.UNKNOWN:
             self._store.set_origin(flight.view, OriginMode.RANGES)
-        # Flights share the link: what one of them got is its part of it.
-        at_once = sum(1 for f in self.flights() if f.started and not f.over)
-        length = flight.extent.end - sink.start
+        # Flights share the link, so what all of them got in this time is what it carried.
+        length = self.counts.bytes_fetched - sink.fetched_at_first
         first_byte_s = max(timing.first_byte_s - sink.waited_first_s, 0.0)
-        self.link.observe(first_byte_s, length * at_once, max(timing.body_s - sink.waited_s, 1e-6))
+        self.link.observe(first_byte_s, length, max(timing.body_s - sink.waited_s, 1e-6))
 
     def _become_whole(self, flight: Flight) -> None:
         """This image comes as one stream or not at all: so does this flight, unless one is on its way."""
@@ -447,6 +458,7 @@ class _FlightSink:
         self._closed = False
         self.start = self.at = flight.at
         self.waited_s = self.waited_first_s = 0.0
+        self.fetched_at_first = 0  # What all flights had fetched when this request's first bytes were there.
 
     async def room(self) -> memoryview:
         if self._slab is None:
@@ -473,12 +485,20 @@ class _FlightSink:
         assert slab is not None, "room comes first"
         slab.filled += n
         self.at += n
-        self._fetcher.counts.bytes_fetched += n
+        counts = self._fetcher.counts
+        counts.bytes_fetched += n
+        if self.at - n == self.start:
+            self.fetched_at_first = counts.bytes_fetched
         if slab.filled == slab.length:
             self._slab = None
             self._fetcher.keep_slab(flight, slab)
         flight.at = self.at
         flight.wake()
+
+    def leave(self) -> None:
+        """The request goes on in a thread, and nobody waits for it."""
+        if self._slab is not None:
+            self._slab.loose = True
 
     def close(self) -> None:
         """The request is over: what it brought of an unfinished slab is worth keeping."""

@@ -14,6 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.cloud import Glance, Keystone
+from tests.node import missing_for_loops, missing_for_mounts
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What this machine cannot do is skipped, and the reason names what it lacks."""
+    for marker, lacking in (("mount", missing_for_mounts()), ("loop", missing_for_loops())):
+        for item in items:
+            if lacking is not None and item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=lacking))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ block is there, and its next request travels while the rest of the window arrive
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 from cachefs.plan.extents import BLOCK, Extent, ceil
 
@@ -25,10 +26,13 @@ SEQUENTIAL_MAX = 64 << 20
 # The kernel reads ahead with several requests at once, which may reach us in another order.
 REORDER = 1 << 20
 
-# Each new measure counts for a quarter: a change of the link is learnt in some ten requests.
+# A new measure of the rate counts for a quarter: a change of the link is learnt in some ten requests.
 _WEIGHT = 0.25
 # A shorter body arrives in one burst and says nothing of the rate.
 _RATE_BYTES_MIN = 256 << 10
+# The tail of the last window delays the next first byte, so most measures of the cost are too high, and a larger
+# window would make them higher still: the least of the last ones is believed.
+_COSTS_KEPT = 16
 
 
 @dataclass
@@ -37,12 +41,16 @@ class Link:
 
     cost_s: float = 0.0
     rate: float = 0.0
+    _costs_s: deque[float] = field(default_factory=lambda: deque(maxlen=_COSTS_KEPT), repr=False)
 
     def observe(self, first_byte_s: float, length: int, body_s: float) -> None:
-        """Learns from one request that was answered with `length` bytes."""
-        self.cost_s = _smoothed(self.cost_s, first_byte_s)
+        """Learns from one request: its first byte came after `first_byte_s`, and the whole link carried
+        `length` bytes in the `body_s` from there to its last."""
+        self._costs_s.append(first_byte_s)
+        self.cost_s = min(self._costs_s)
         if length >= _RATE_BYTES_MIN and body_s > 0:
-            self.rate = _smoothed(self.rate, length / body_s)
+            rate = length / body_s
+            self.rate = self.rate + _WEIGHT * (rate - self.rate) if self.rate else rate
 
     @property
     def random_window(self) -> int:
@@ -50,10 +58,6 @@ class Link:
         if not self.rate:
             return RANDOM_FIRST
         return min(max(ceil(int(EQUAL_COSTS * self.cost_s * self.rate), BLOCK), RANDOM_MIN), RANDOM_MAX)
-
-
-def _smoothed(old: float, new: float) -> float:
-    return new if not old else old + _WEIGHT * (new - old)
 
 
 NEVER, NOWHERE = 1 << 62, -(1 << 62)

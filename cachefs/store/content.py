@@ -475,7 +475,7 @@ class Store:
             "segments": len(self.segments.files),
             "bytes_on_disk": self.segments.blocks_bytes(),
             "bytes_free": self.segments.free_bytes(),
-            "bytes_cached": sum(view.cached for view in self._views.values()),
+            "bytes_cached": sum(view.cached for view in self.views()),
             "bytes_landed": lander.bytes_landed,
             "bytes_shared": lander.bytes_shared,
             "bytes_zero": lander.bytes_zero,

@@ -8,6 +8,7 @@ allows only while no transaction is open, so readers pass a gate.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,22 @@ from cachefs.store.format import Chunk, ChunkId, Recipe, SpanNo, Table, ViewNo
 
 MAP_SIZE_FIRST = 256 << 20  # Address space, not disk: LMDB grows its file as it fills it.
 _READERS_MAX = 512
+
+
+_MADV_DONTNEED = 4
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _mapping_of(path: Path) -> tuple[int, int]:
+    """(address, length) of this process's map of `path`; (0, 0) when there is none."""
+    inode = path.stat().st_ino
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        fields = line.split(None, 5)
+        if len(fields) == 6 and int(fields[4]) == inode and fields[5] == str(path.resolve()):
+            start, _, end = fields[0].partition("-")
+            return int(start, 16), int(end, 16) - int(start, 16)
+    return 0, 0
 
 
 @dataclass
@@ -81,7 +98,9 @@ class Snapshot:
 
 
 class Index:
-    """One LMDB environment. Thread-safe; `commit` is to be called by one thread at a time."""
+    """One LMDB environment. Thread-safe; `commit` and `trim` are to be called by one thread at a time."""
+
+    _trimmed_at: tuple[int, int] | None = None  # Where the map lies in memory, once that was looked up.
 
     def __init__(self, path: Path, map_size: int = MAP_SIZE_FIRST, *, read_only: bool = False) -> None:
         self.path = path
@@ -165,11 +184,22 @@ class Index:
                 self._gate.wait()
             try:
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
+                self._trimmed_at = None
             except lmdb.Error as error:
                 raise OSError(f"the index cannot grow: {error}") from error
             finally:
                 self._growing = False
                 self._gate.notify_all()
+
+    def trim(self) -> None:
+        """Lets the process forget which pages of the map it has touched: they stay in the kernel's cache, and
+        count as this process's memory again only when they are looked at. Otherwise the index of a large store
+        would count whole, sooner or later."""
+        if self._trimmed_at is None:
+            self._trimmed_at = _mapping_of(self.path / "data.mdb")
+        start, length = self._trimmed_at
+        if length:
+            _libc.madvise(start, length, _MADV_DONTNEED)
 
     @property
     def map_size(self) -> int:

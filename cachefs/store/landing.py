@@ -9,6 +9,7 @@ ledger, so that a failed write leaves the ledger as it was and at most some byte
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -67,7 +68,8 @@ class Lander:
         self._ledger, self._segments, self._span_size = ledger, segments, span_size
         self._room = room
         self._segment: SegmentNo | None = None  # The one that is appended to.
-        # Counted since the start, for `status`.
+        # Counted since the start, for `status`: bytes appended; landed and not appended, as they were there or
+        # were zeros.
         self.bytes_landed = self.bytes_shared = self.bytes_zero = 0
         self.rotten_found = 0
 
@@ -87,11 +89,15 @@ class Lander:
         first, count = start // PAGE, len(data) // PAGE
         plan = _Plan()
         recipe = old
+        filled = zero = 0
         for run_first, run_pages in list(absent_runs(old, self._ledger.usable)):
             begin, end = max(run_first, first), min(run_first + run_pages, first + count)
             if begin < end:
                 part = data[(begin - first) * PAGE : (end - first) * PAGE]
-                begin, entries = self._widen(old, begin, end, self._cut(plan, part))
+                entries = self._cut(plan, part)
+                filled += len(part)
+                zero += sum(e.pages for e in entries if e.kind is Kind.HOLE) * PAGE
+                begin, entries = self._widen(old, begin, end, entries)
                 recipe = replaced(recipe, begin, sum(e.pages for e in entries), entries)
         if recipe == old:
             return Landed(view, span, SpanMap.of(old, self._ledger.chunk), self._ledger.views[view].cached)
@@ -104,7 +110,9 @@ class Lander:
         new = self._write(plan, recipe)
         size = self._ledger.views[view].size - span * self._span_size
         change = present_bytes(recipe, size) - present_bytes(old, size)
-        self._ledger.set_recipe(view, span, recipe, new, change)
+        live = self._ledger.set_recipe(view, span, recipe, new, change)
+        self.bytes_zero += zero
+        self.bytes_shared += filled - zero - live
         return Landed(view, span, SpanMap.of(recipe, self._ledger.chunk), self._ledger.views[view].cached)
 
     def _is_whole(self, recipe: Recipe, plan: _Plan) -> bool:
@@ -143,7 +151,6 @@ class Lander:
         entries = []
         for first, pages, is_hole in cut(data):
             if is_hole:
-                self.bytes_zero += pages * PAGE
                 entries.append(Entry(Kind.HOLE, pages, NO_CHUNK))
             else:
                 piece = data[first * PAGE : (first + pages) * PAGE]
@@ -154,11 +161,9 @@ class Lander:
         digest = digest_of(piece)
         for chunk_id in plan.by_digest.get(digest, ())[:CANDIDATES_MAX]:
             if bytes(plan.new[chunk_id][1]) == bytes(piece):
-                self.bytes_shared += len(piece)
                 return chunk_id
         for chunk_id, chunk in self._ledger.candidates(digest):
             if chunk.length == len(piece) and self._stored_is(chunk_id, chunk, piece):
-                self.bytes_shared += len(piece)
                 return chunk_id
         chunk_id = self._ledger.new_chunk_id()
         plan.new[chunk_id] = (digest, piece)
@@ -212,8 +217,8 @@ class Lander:
     # ── writing ──
 
     def _write(self, plan: _Plan, recipe: Recipe) -> dict[ChunkId, Chunk]:
-        """Appends what is new and still named by `recipe`; returns it with its place, counted by nobody yet."""
-        named = dict.fromkeys(e.chunk for e in recipe if e.kind is Kind.CHUNK and e.chunk in plan.new)
+        """Appends what is new and still named by `recipe`; returns it with its place and its count."""
+        named = Counter(e.chunk for e in recipe if e.kind is Kind.CHUNK and e.chunk in plan.new)
         parts = [plan.new[chunk_id][1] for chunk_id in named]
         total = sum(len(part) for part in parts)
         if not total:
@@ -230,10 +235,9 @@ class Lander:
         self._ledger.advance(segment, offset + total)
         self.bytes_landed += total
         placed = {}
-        for chunk_id in named:
+        for chunk_id, refs in named.items():
             digest, part = plan.new[chunk_id]
-            pages = len(part) // PAGE
-            placed[chunk_id] = Chunk(segment, offset // PAGE, pages, digest, refs=0)
+            placed[chunk_id] = Chunk(segment, offset // PAGE, len(part) // PAGE, digest, refs)
             offset += len(part)
         return placed
 

@@ -117,6 +117,8 @@ class Ledger:
             chunk for layer in self._layers for chunk in layer.digests.get(digest, ())[:CANDIDATES_MAX]
         )
         ids.update(dict.fromkeys(self._committed.candidates(digest, CANDIDATES_MAX)))
+        if not ids:
+            return []  # As nearly always: worth a line.
         found = ((chunk_id, self.chunk(chunk_id)) for chunk_id in islice(ids, CANDIDATES_MAX))
         return [(chunk_id, chunk) for chunk_id, chunk in found if chunk is not None and not chunk.rotten]
 
@@ -166,29 +168,35 @@ class Ledger:
 
     def set_recipe(
         self, view: ViewNo, span: SpanNo, recipe: Recipe, new: Mapping[ChunkId, Chunk], cached_change: int
-    ) -> None:
+    ) -> int:
         """Puts `recipe` in place of the span's. `new` are the chunks among its entries that the ledger does
-        not know (their `refs` are set here); `cached_change` is how many more bytes of the view are present."""
+        not know (their `refs` are made right here); `cached_change` is how many more bytes of the view are
+        present. Returns how many more bytes live in segments."""
         change: Counter[ChunkId] = Counter(e.chunk for e in recipe if e.kind is Kind.CHUNK)
         for entry in self.recipe(view, span) or ():
             if entry.kind is Kind.CHUNK:
                 change[entry.chunk] -= 1
+        layer = self.open
+        live: Counter[SegmentNo] = Counter()
         for chunk_id, chunk in new.items():
-            self._enter(chunk_id, chunk)
+            refs = change.pop(chunk_id)
+            layer.chunks[chunk_id] = chunk if chunk.refs == refs else chunk.with_refs(refs)
+            layer.digests.setdefault(chunk.digest, []).append(chunk_id)
+            live[chunk.segment] += chunk.length
         for chunk_id, by in change.items():
             if by:
-                self._count(chunk_id, by)
-        self.open.recipes[view, span] = recipe
+                self._count(chunk_id, by, live)
+        for segment, by in live.items():
+            segment_record = self.segments[segment]
+            self.segments[segment] = segment_record._replace(live=segment_record.live + by)
+            layer.segments.add(segment)
+        layer.recipes[view, span] = recipe
         if cached_change:
             record = self.views[view]
-            self.set_view(view, replace(record, cached=record.cached + cached_change))
+            self.set_view(view, record.with_cached(record.cached + cached_change))
+        return live.total()
 
-    def _enter(self, chunk_id: ChunkId, chunk: Chunk) -> None:
-        self.open.chunks[chunk_id] = chunk.with_refs(0)
-        self.open.digests.setdefault(chunk.digest, []).append(chunk_id)
-        self._live(chunk, chunk.length)
-
-    def _count(self, chunk_id: ChunkId, by: int) -> None:
+    def _count(self, chunk_id: ChunkId, by: int, live: Counter[SegmentNo]) -> None:
         chunk = self.chunk(chunk_id)
         if chunk is None:
             return  # Its record is lost: the recipe that named it is being replaced, which is the mending.
@@ -199,12 +207,7 @@ class Ledger:
         self.open.chunks[chunk_id] = None
         self.open.freed[chunk_id] = chunk
         self.open.punches.append(Punch(chunk.segment, chunk.offset, chunk.length))
-        self._live(chunk, -chunk.length)
-
-    def _live(self, chunk: Chunk, by: int) -> None:
-        record = self.segments[chunk.segment]
-        self.segments[chunk.segment] = record._replace(live=record.live + by)
-        self.open.segments.add(chunk.segment)
+        live[chunk.segment] -= chunk.length
 
     # ── committing ──
 

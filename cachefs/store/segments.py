@@ -66,12 +66,14 @@ class Segments:
     def append(self, segment: SegmentNo, offset: int, parts: Sequence[memoryview]) -> None:
         """Writes `parts` one behind the other from `offset`. Raises OSError; a part of it may be written."""
         file = self.files[segment]
-        for part in parts:
-            for begin in range(0, len(part), WRITE_BYTES):
-                some = part[begin : begin + WRITE_BYTES]
-                while some:
-                    written = os.pwrite(file, some, offset)
-                    some, offset = some[written:], offset + written
+        for some in _batches(parts):
+            while some:
+                written = os.pwritev(file, some, offset)
+                offset += written
+                while some and written >= len(some[0]):
+                    written -= len(some.pop(0))
+                if written:
+                    some[0] = some[0][written:]
 
     def read(self, segment: SegmentNo, offset: int, length: int) -> bytes:
         """May return less than `length` where the file ends early; may wait for the disk."""
@@ -123,6 +125,20 @@ class Segments:
         """What the filesystem has left for this process."""
         stat = os.statvfs(self.folder)
         return stat.f_bavail * stat.f_frsize
+
+
+def _batches(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """`parts` in lists of at most WRITE_BYTES."""
+    some: list[memoryview] = []
+    size = 0
+    for part in parts:
+        if some and size + len(part) > WRITE_BYTES:
+            yield some
+            some, size = [], 0
+        some.append(part)
+        size += len(part)
+    if some:
+        yield some
 
 
 def sync_folder(folder: Path) -> None:

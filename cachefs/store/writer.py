@@ -234,7 +234,13 @@ class Writer:
             self._first_uncommitted_s = trio.current_time()
         keep = trio.current_time() >= self._resume_s
         rotten = self._lander.rotten_found
-        landed, outcomes, trouble = await trio.to_thread.run_sync(self._land_all, group, keep)
+        try:
+            landed, outcomes, trouble = await trio.to_thread.run_sync(self._land_all, group, keep)
+        except Exception as error:  # A bug in landing costs what had landed since the commit, not the mount.
+            log.exception("unexpected failure of landing: going back to what is committed")
+            self._give_up_group(group)
+            self._commit_failed = error
+            return
         if trouble is not None:
             self._note_trouble(trouble)
         elif keep and landed:
@@ -328,6 +334,7 @@ class Writer:
     def _commit_in_thread(self, layer: Layer, writes: WriteSet) -> None:
         self._segments.sync(layer.appended, created=layer.created_segment)
         self._index.commit(writes)
+        self._index.trim()
 
     def _punch(self, punches: list[Punch]) -> list[Punch]:
         """Those that were done. The notes of the others stay, for the next start."""
@@ -342,6 +349,8 @@ class Writer:
 
     async def _go_back(self) -> None:
         """To the committed state, after a commit that failed: what had landed since is absent again."""
+        if self._commit_done is not None:
+            await self._commit_done.wait()
         error, self._commit_failed = self._commit_failed, None
         assert error is not None
         lost = self._ledger
@@ -356,6 +365,16 @@ class Writer:
             event.set()
         self._flushing_failed.clear()
         await trio.to_thread.run_sync(self._cut_lost, lost)
+
+    def _give_up_group(self, group: list[Command]) -> None:
+        """Nothing of it landed; what is no bytes is done again (it may be done twice)."""
+        for command in group:
+            if isinstance(command, Land):
+                self.not_kept_bytes += len(command.data)
+                command.done(False)
+            elif isinstance(command, Doubt):
+                command.done.set()
+        self._queue.extendleft(reversed([c for c in group if not isinstance(c, Land | Doubt)]))
 
     def _give_up(self) -> None:
         """The last commit failed and there will be no other: whoever waits is told."""

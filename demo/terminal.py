@@ -1,0 +1,123 @@
+"""How the demo looks. Rule: colours only for a terminal that wants them; the text says everything without."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from cachefs.cli import size
+
+_WIDTH_MAX, _WIDTH_MIN = 100, 60
+_INDENT = "    "
+_LABEL = 22
+
+BOLD, DIM, RED, GREEN, CYAN = "1", "2", "31", "32", "36"
+
+
+class StepFailed(Exception):
+    """A step did not do what the demo shows."""
+
+    def __init__(self, step: str, reason: str) -> None:
+        super().__init__(step, reason)
+        self.step, self.reason = step, reason
+
+
+class Terminal:
+    """Writes the story. `step` is what is going on: what a failure is reported by."""
+
+    def __init__(self) -> None:
+        self.step = "starting"
+        self._acts = 0
+        terminal = sys.stdout.isatty()
+        self._coloured = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        columns = shutil.get_terminal_size((_WIDTH_MAX, 24)).columns if terminal else _WIDTH_MAX
+        self._width = max(_WIDTH_MIN, min(columns, _WIDTH_MAX))
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError):
+                stream.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
+
+    def paint(self, text: str, *codes: str) -> str:
+        return f"\033[{';'.join(codes)}m{text}\033[0m" if self._coloured and text else text
+
+    # ── text ──
+
+    def line(self, text: str = "") -> None:
+        print(text)
+
+    def title(self, text: str) -> None:
+        self.line(self.paint(text, BOLD))
+
+    def act(self, text: str) -> None:
+        """The head of a new part of the story."""
+        self._acts += 1
+        self.step = text
+        self.line()
+        self.title(f"{self._acts}. {text}")
+
+    def say(self, text: str) -> None:
+        for line in textwrap.wrap(" ".join(text.split()), self._width - 3, break_on_hyphens=False):
+            self.line("   " + line)
+
+    def show(self, text: str) -> None:
+        """Lines as they are: a configuration, commands to copy."""
+        for line in textwrap.dedent(text).strip().splitlines():
+            self.line(_INDENT + line)
+
+    # ── commands and what comes of them ──
+
+    def command(self, arguments: Sequence[str]) -> None:
+        self.line()
+        self.line(self.paint("  $ ", DIM) + self.paint(as_typed(arguments), CYAN))
+
+    def output(self, text: str, lines_max: int = 20) -> None:
+        lines = text.rstrip().splitlines()
+        for line in lines[:lines_max]:
+            self.line((_INDENT + line).rstrip())
+        if len(lines) > lines_max:
+            self.line(self.paint(f"{_INDENT}({len(lines) - lines_max} lines more)", DIM))
+
+    def fact(self, label: str, text: str) -> None:
+        """What it comes down to."""
+        self.line("  " + self.paint("> " + label.ljust(_LABEL), BOLD) + self.paint(text, GREEN))
+
+    @contextmanager
+    def doing(self, step: str) -> Iterator[list[str]]:
+        """A step of the setting up; what is put into the list is told at its end."""
+        self.step = step
+        began_s = time.monotonic()
+        if self._coloured:
+            print(f"   {step} ...", end="", flush=True)
+        found: list[str] = []
+        try:
+            yield found
+        except BaseException:
+            if self._coloured:
+                print()
+            raise
+        text = f"   {step + ':':24} {', '.join(found)}"
+        took = f"{time.monotonic() - began_s:.1f} s"
+        self.line(("\r\033[K" if self._coloured else "") + text.ljust(self._width - 8) + self.paint(took, DIM))
+
+    def fail(self, text: str) -> None:
+        with suppress(OSError):
+            print(self.paint(f"demo: {text}", RED), file=sys.stderr)
+
+
+def as_typed(arguments: Sequence[str]) -> str:
+    """The command for a shell, with double quotes where they do."""
+
+    def word(text: str) -> str:
+        quoted = shlex.quote(text)
+        plain = not set(text) & set("\"$`\\!'")
+        return f'"{text}"' if quoted != text and plain else quoted
+
+    return " ".join(map(word, arguments))
+
+
+__all__ = ["StepFailed", "Terminal", "as_typed", "size"]
