@@ -68,6 +68,11 @@ class Blocks:
             self.reading.discard(reading)
         raise ReadDeadline(view.record.image, f"{length} bytes at {offset} did not come in {self._deadline_s} s")
 
+    def arrived(self, view: StoredView, offset: int, length: int) -> memoryview | None:
+        """The bytes, when all of them are in memory on their way to the store; good until the next await."""
+        part = self._arrived(view, Extent(offset, offset + length))
+        return part if part is not None and len(part) == length else None
+
     @property
     def waiting(self) -> int:
         """How many reads wait at this moment."""
@@ -139,7 +144,7 @@ class Blocks:
             for part in parts:
                 await self._start(view, aligned(part, BLOCK, view.size), pattern, Priority.DEMAND)
             joined = None if parts else self._fetcher.flight_for(view, miss.start)
-            if joined is not None and not joined.whole:
+            if joined is not None and not joined.whole and not pattern.covers(miss.start):
                 pattern.follow(joined.extent, pattern.is_next(miss.start))
 
     async def _start(self, view: StoredView, miss: Extent, pattern: Pattern, priority: Priority) -> None:

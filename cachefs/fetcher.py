@@ -20,7 +20,7 @@ import trio
 
 from cachefs.errors import OriginBusy, OriginError, OriginLied, OriginUnavailable, RangeRefused
 from cachefs.plan.extents import BLOCK, PAGE, Extent, ceil, subtract
-from cachefs.plan.windows import Link
+from cachefs.plan.windows import NEVER, Link
 from cachefs.sources import Source, Timing
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import OriginMode
@@ -66,6 +66,7 @@ class Flight:
     at: int = 0
     slabs: list[Slab] = field(default_factory=list)
     waiting: list[tuple[int, trio.Event]] = field(default_factory=list)
+    wanted: int = NEVER  # The least offset that somebody waits for.
     error: OriginError | None = None
     started: bool = False
     over: bool = False
@@ -89,6 +90,7 @@ class Flight:
         if not self.over and self.at < min(offset, self.extent.end):
             entry = (min(offset, self.extent.end), trio.Event())
             self.waiting.append(entry)
+            self.wanted = min(self.wanted, entry[0])
             try:
                 await entry[1].wait()
             finally:
@@ -106,6 +108,7 @@ class Flight:
                 else:
                     still.append((until, event))
             self.waiting = still
+            self.wanted = min((until for until, _ in still), default=NEVER)
 
 
 class _Slots:
@@ -166,10 +169,12 @@ class _Memory:
     async def slab(self, start: int, length: int) -> Slab:
         """Room for `length` bytes, in whole pages; zeros behind them."""
         pages = ceil(length, PAGE)
-        await self.take(pages)
-        whole = self._spare.pop() if pages > self._span_size // 2 and self._spare else None
-        if whole is None:
-            whole = bytearray(self._span_size if pages > self._span_size // 2 else pages)
+        is_span = pages > self._span_size // 2
+        size = self._span_size if is_span else pages
+        await self.take(size)
+        whole = self._spare.pop() if is_span and self._spare else bytearray(size)
+        while self._spare and self.used + len(self._spare) * self._span_size > self.total:
+            self._spare.pop()
         data = memoryview(whole)[:pages]
         data[length:] = bytes(pages - length)
         return Slab(start, length, data)
@@ -178,9 +183,9 @@ class _Memory:
         """Nobody looks at the slab any more: readers copy out of it, and the store is done with it."""
         whole = slab.data.obj
         assert isinstance(whole, bytearray)
-        if not slab.loose and len(whole) == self._span_size and len(self._spare) < self.total // self._span_size:
+        if not slab.loose and len(whole) == self._span_size:
             self._spare.append(whole)
-        self.give_back(len(slab.data))
+        self.give_back(len(whole))
 
     @property
     def used(self) -> int:
@@ -273,7 +278,7 @@ class Fetcher:
 
     def hurry(self, flight: Flight) -> None:
         """A reader waits for this flight: it is no reading ahead any more."""
-        if not flight.started and flight.priority is not Priority.DEMAND:
+        if flight.priority is not Priority.DEMAND:
             self._slots.hurry(flight)
 
     def not_under_way(self, view: StoredView, extent: Extent) -> list[Extent]:
@@ -323,12 +328,7 @@ class Fetcher:
 
     async def _fly(self, flight: Flight) -> None:
         try:
-            await self._slots.take(flight)
-            try:
-                flight.started = True
-                await self._try(flight)
-            finally:
-                self._slots.give_back()
+            await self._try(flight)
         except OriginError as error:
             flight.error = error
             self.counts.failures += 1
@@ -349,7 +349,7 @@ class Fetcher:
         while flight.at < flight.extent.end:
             began_at = flight.at
             try:
-                await self._request(flight)
+                await self._request_in_turn(flight)
             except RangeRefused:
                 if flight.whole:
                     raise
@@ -368,10 +368,21 @@ class Fetcher:
                     flight.at = 0  # Who lacks something from here on waits for it, and begins no second stream.
                 await trio.sleep(self._pause_s(tries, error))
 
+    async def _request_in_turn(self, flight: Flight) -> None:
+        """One request in a place of its own. Between its tries a flight has none: images that cannot be had would
+        hold up all others."""
+        await self._slots.take(flight)
+        try:
+            flight.started = True
+            if flight.at < flight.extent.end:  # Else it became another's while it waited.
+                await self._request(flight)
+        finally:
+            self._slots.give_back()
+
     @staticmethod
     def _pause_s(tries: int, error: OriginError) -> float:
         """Doubling, with jitter over its whole length, so that a thousand nodes do not come back at once."""
-        pause = min(BACKOFF_FIRST_S * 2.0 ** (tries - 1), BACKOFF_MAX_S) * random.uniform(0.5, 1.0)
+        pause = min(BACKOFF_FIRST_S * 2.0 ** min(tries - 1, 16), BACKOFF_MAX_S) * random.uniform(0.5, 1.0)
         return max(pause, error.pause_s, error.retry_after if isinstance(error, OriginBusy) else 0.0)
 
     async def _request(self, flight: Flight) -> None:
@@ -479,6 +490,9 @@ class _FlightSink:
 
     def room_now(self) -> memoryview | None:
         return None if self._slab is None else self._slab.data[self._slab.filled : self._slab.length]
+
+    def awaited(self, n: int) -> bool:
+        return self.at + n >= self._flight.wanted
 
     def arrived(self, n: int) -> None:
         slab, flight = self._slab, self._flight

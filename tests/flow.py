@@ -14,13 +14,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import random
 import threading
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from uuid import UUID
 
 import trio
@@ -41,7 +42,8 @@ KIB, MIB = 1 << 10, 1 << 20
 
 # ── Time ──────────────────────────────────────────────────────────────────────────────────────────────
 
-# Real clocks are always a little late; a wait that ended on the dot may find, by rounding, that it is too early.
+# Real clocks are always a little late, and never by the same. Who wakes on the dot may find, by rounding, that it
+# is too early, and would look again for ever.
 OVERSHOOT_S = 1e-7
 # No test takes a tenth of it; one that takes it goes round in circles.
 REAL_S_MAX = 60
@@ -89,6 +91,7 @@ def _alone(error: BaseException) -> BaseException:
 
 
 async def _keep_time(clock: MockClock) -> None:
+    lateness = random.Random(0)
     while True:
         await wait_all_tasks_blocked()
         if active_thread_count():
@@ -102,7 +105,7 @@ async def _keep_time(clock: MockClock) -> None:
             continue
         due_s = trio.lowlevel.current_statistics().seconds_to_next_deadline
         assert due_s != math.inf, "everybody waits, and nothing is due"
-        clock.jump(max(due_s, 0.0) + OVERSHOOT_S)
+        clock.jump(max(due_s, 0.0) + OVERSHOOT_S * lateness.random())
 
 
 async def quiet() -> None:
@@ -403,7 +406,8 @@ class Watch(trio.abc.Instrument):
         self.memory_max = self.uncounted_bytes = 0
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        held = sum(len(slab.data) for flight in self._fetcher.flights() for slab in flight.slabs)
+        slabs = (slab for flight in self._fetcher.flights() for slab in flight.slabs)
+        held = sum(len(cast(bytearray, slab.data.obj)) for slab in slabs)
         used = self._fetcher.memory_used
         self.memory_max = max(self.memory_max, used)
         self.uncounted_bytes = max(self.uncounted_bytes, held - used)

@@ -63,14 +63,14 @@ def random_bytes(seed: int, length: int) -> bytes:
     return random.Random(seed).randbytes(length)
 
 
-@lru_cache
+@lru_cache(16)
 def pool() -> tuple[bytes, ...]:
     """Files that images share, of 1 to 70 pages; the last two have one xxh3_128 and other bytes."""
     files = [random_bytes(1000 + i, pages * PAGE) for i, pages in enumerate((1, 3, 5, 16, 40, 70, 16))]
     return (*files, twin(files[-1], payload=b"#!/bin/sh\n"))
 
 
-@lru_cache
+@lru_cache(16)
 def patchwork(seed: int, size: int) -> bytes:
     """An image of `size` bytes: shared files at other offsets in every image, zeros, and bytes of its own."""
     rng = random.Random(seed)

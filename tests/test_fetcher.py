@@ -303,6 +303,28 @@ async def test_demand_that_joins_a_queued_flight_is_not_read_ahead(tmp_path: Pat
 
 
 @virtual_time
+async def test_an_image_that_cannot_be_had_takes_no_place_between_its_tries(tmp_path: Path) -> None:
+    source = ScriptedSource(act=lambda request: Refuse(OriginUnavailable) if request.image == 1 else None)
+    async with flow(tmp_path, source, connections=4, read_deadline_s=60.0) as way, trio.open_nursery() as readers:
+        for n in range(12):
+            readers.start_soon(way.read, 1, 64 * MIB, n * 4 * MIB, 4096)
+        await trio.sleep(30.0)
+        began_s = trio.current_time()
+        await way.read(2, SIZE, 0, 4096)
+        assert trio.current_time() - began_s < 0.2
+        readers.cancel_scope.cancel()
+
+
+@virtual_time
+async def test_an_origin_that_is_away_for_hours_is_tried_on_while_somebody_waits(tmp_path: Path) -> None:
+    back_s = 3 * 3600.0
+    source = ScriptedSource(act=lambda request: Refuse(OriginUnavailable) if request.began_s < back_s else None)
+    async with flow(tmp_path, source, read_deadline_s=2 * back_s) as way:
+        await way.read(1, SIZE, 0, 4096)
+        assert trio.current_time() == pytest.approx(back_s, abs=BACKOFF_MAX_S + 1)
+
+
+@virtual_time
 async def test_misses_side_by_side_that_wait_become_one_request(tmp_path: Path) -> None:
     release = trio.Event()
     source = ScriptedSource(script={0: Stall(release)})
@@ -351,6 +373,17 @@ async def test_memory_is_bounded_under_many_readers_with_a_slow_store(tmp_path: 
         await way.settled()
         assert bound // 2 < way.watch.memory_max <= bound
         assert all(way.stored(image, 3 * MIB + 777).complete for image in range(1, 13))
+
+
+@virtual_time
+async def test_memory_is_counted_as_it_is_taken(tmp_path: Path) -> None:
+    """Slabs of little more than half a span take a whole one."""
+    async with flow(tmp_path, connections=16, memory_max=4 * SPAN) as way:
+        way.store.late_s = 0.1
+        flights = [fetch(way, way.stored(n, SIZE), 0, SPAN // 2 + BLOCK * (n % 2)) for n in range(1, 17)]
+        for flight in flights:
+            await over(flight)
+        await way.settled()
 
 
 @virtual_time

@@ -84,6 +84,9 @@ class Collected:
     def room_now(self) -> memoryview | None:
         return memoryview(self._room) if len(self.data) % 2 else None
 
+    def awaited(self, n: int) -> bool:
+        return True
+
     def arrived(self, n: int) -> None:
         self.data += self._room[:n]
 

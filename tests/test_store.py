@@ -23,6 +23,7 @@ from cachefs.store import format as f
 from cachefs.store.check import check
 from cachefs.store.content import Limits, Store
 from cachefs.store.format import OriginMode, Table, ViewKind
+from cachefs.store.index import Index, WriteSet
 from cachefs.store.ledger import CANDIDATES_MAX
 from cachefs.store.recover import open_store
 from cachefs.store.writer import BACKOFF_S
@@ -477,6 +478,42 @@ def test_the_index_grows_as_it_needs(folder: Path) -> None:
     trio.run(main)
 
 
+@contextmanager
+def last_write_fails(path: Path) -> Iterator[None]:
+    """The write that completes a commit of LMDB goes to a full device: it has a descriptor of its own."""
+    files = [int(name) for name in os.listdir("/proc/self/fd")]
+    of_index = [file for file in files if os.path.realpath(f"/proc/self/fd/{file}") == str(path.resolve())]
+    assert len(of_index) == 2
+    last, full = max(of_index), os.open("/dev/full", os.O_WRONLY)
+    saved = os.dup(last)
+    os.dup2(full, last)
+    try:
+        yield
+    finally:
+        if os.path.realpath(f"/proc/self/fd/{last}") == "/dev/full":
+            os.dup2(saved, last)
+        os.close(saved)
+        os.close(full)
+
+
+def test_an_index_that_lmdb_has_given_up_is_opened_again(folder: Path) -> None:
+    folder.mkdir()
+    index = Index(folder)
+    writes = WriteSet()
+    writes.put(Table.META, b"key", b"committed")
+    index.commit(writes)
+    writes.put(Table.META, b"key", b"lost")
+    with last_write_fails(folder / "data.mdb"), pytest.raises(OSError, match="could not be written"):
+        index.commit(writes)
+    with index.reading() as snapshot:
+        assert snapshot.get(Table.META, b"key") == b"committed"
+    writes.put(Table.META, b"key", b"again")
+    index.commit(writes)
+    with index.reading() as snapshot:
+        assert snapshot.get(Table.META, b"key") == b"again"
+    index.close()
+
+
 # ── recovery ──
 
 
@@ -827,6 +864,83 @@ def test_two_who_load_one_map_do_not_overrule_each_other_for_ever(folder: Path) 
             assert len(loads) == 2
 
     trio.run(main)
+
+
+def test_a_map_that_was_being_loaded_when_its_span_was_cut_anew_is_not_believed(folder: Path) -> None:
+    content = random_bytes(32, SPAN)
+    edges = Edges()
+
+    async def main() -> None:
+        async with running(folder, edges=edges, commit_interval_s=inf) as store:
+            view = view_of(store, 1, SPAN)
+            await land(store, view, 0, padded(content, 0, SPAN - 3 * PAGE))
+            await store.writer.flush()
+            view.forget_maps()
+            turns = [_Gate() for _ in range(8)]
+            left = list(turns)
+            edges.on_look_up = lambda: left.pop(0)() if left else None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(view.load, Extent(0, SPAN))
+                # It has looked up the recipe and some chunks, which are soon no more.
+                for turn in turns[:-1]:
+                    await in_thread(turn.reached.wait)
+                    turn.opened.set()
+                await in_thread(turns[-1].reached.wait)
+                await land(store, view, SPAN - 3 * PAGE, padded(content, SPAN - 3 * PAGE, SPAN))
+                await store.writer.flush()
+                view.forget_map(0)  # As when there are too many maps.
+                turns[-1].opened.set()
+            assert await read(view, 0, SPAN) == content
+
+    trio.run(main)
+
+
+def test_a_map_that_was_being_loaded_when_a_commit_failed_is_not_believed(folder: Path) -> None:
+    content = random_bytes(33, SPAN)
+    edges = Edges()
+
+    async def main() -> None:
+        async with running(folder, edges=edges, commit_interval_s=inf) as store:
+            view = view_of(store, 1, SPAN)
+            await land(store, view, 0, padded(content, 0, 4 * PAGE))
+            await store.writer.flush()
+            await land(store, view, 4 * PAGE, padded(content, 4 * PAGE, 50 * PAGE))
+            view.forget_maps()
+            gate = _Gate()
+            left = [gate]
+            edges.on_look_up = lambda: left.pop()() if left else None
+            edges.arm(Fate.FAIL, Edge.SYNC)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(view.load, Extent(0, SPAN))
+                await in_thread(gate.reached.wait)  # It has the recipe that will be lost.
+                await store.writer.flush()
+                edges.lose_doomed(folder)
+                gate.opened.set()
+            assert view.present_at(4 * PAGE) is False
+            assert await read(view, 4 * PAGE, 46 * PAGE) is None
+            assert await read(view, 0, 4 * PAGE) == content[: 4 * PAGE]
+
+    trio.run(main)
+
+
+def test_offsets_are_not_used_again_after_a_failed_commit(folder: Path) -> None:
+    content = random_bytes(34, 2 * SPAN)
+    edges = Edges()
+
+    async def main() -> None:
+        async with running(folder) as store:
+            await land_all(store, view_of(store, 1, 2 * SPAN), content[:SPAN])
+        async with running(folder, edges=edges, commit_interval_s=inf) as store:
+            view = view_of(store, 1, 2 * SPAN)
+            assert await land(store, view, SPAN, content[SPAN:])
+            edges.arm(Fate.FAIL, Edge.COMMIT)
+            await store.writer.flush()
+            await trio.sleep(BACKOFF_S)
+            assert await land(store, view, SPAN, content[SPAN:])
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert {chunk.segment for chunk in chunks_of(folder).values()} == {1, 2}
+    assert segment_file(folder, 1).stat().st_size == SPAN
 
 
 def test_a_map_forgotten_while_another_is_loaded_is_loaded_again(folder: Path) -> None:

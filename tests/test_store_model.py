@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 SIZES = (0, 1, PAGE, 5 * PAGE + 17, SPAN - 1, SPAN + 3 * PAGE + 5, 2 * SPAN + SPAN // 2)
 
-CALL_S = 30  # Real seconds: the loop's own clock stands still.
+CALL_S = 120  # Real seconds, for what hangs: the clock of the loop stands still.
 
 
 class Loop:
@@ -331,9 +331,11 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             assert got == wanted
 
-    @rule(data=st.data())
-    def storm(self, data: st.DataObject) -> None:
-        """Landing, reading and committing at once."""
+    @rule(data=st.data(), fault=st.none() | st.tuples(st.sampled_from(Fate), st.integers(0, 4)))
+    def storm(self, data: st.DataObject, fault: tuple[Fate, int] | None) -> None:
+        """Landing, reading and committing at once, and something may fail."""
+        if fault is not None:
+            self.edges.arm(fault[0], after=fault[1])
         batch = [self.draw_landing(data, whole=data.draw(st.booleans())) for _ in range(3)]
         jump = data.draw(st.booleans())
 
@@ -501,6 +503,6 @@ class StoreMachine(RuleBasedStateMachine):
 TestStoreModel = StoreMachine.TestCase
 TestStoreModel.settings = settings(
     phases=(Phase.explicit, Phase.generate),
-    max_examples=25 * stores.HUNT,
-    stateful_step_count=20 if stores.HUNT == 1 else 40,
+    max_examples=40 * stores.HUNT,
+    stateful_step_count=25 if stores.HUNT == 1 else 40,
 )

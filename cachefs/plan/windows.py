@@ -23,6 +23,8 @@ EQUAL_COSTS = 1.5
 # Before anything is measured: what a request of 20 ms and a link of 50 MB/s would give.
 RANDOM_FIRST = 1 << 20
 SEQUENTIAL_MAX = 64 << 20
+# A random miss in the middle of somebody's window waits for the half before it: no window lasts longer than this.
+SEQUENTIAL_S = 0.5
 # The kernel reads ahead with several requests at once, which may reach us in another order.
 REORDER = 1 << 20
 
@@ -65,10 +67,12 @@ NEVER, NOWHERE = 1 << 62, -(1 << 62)
 
 @dataclass
 class Pattern:
-    """How one open file is being read. `expected` is where a sequential reader will miss next; reading at
-    `mark` or beyond is the moment to read ahead; `window` is the last one's size. All in bytes."""
+    """How one open file is being read. What was asked for it ends at `expected`, where a sequential reader will
+    miss next, and began at `since`; reading at `mark` or beyond is the moment to read ahead; `window` is the last
+    one's size. All in bytes."""
 
     expected: int = NOWHERE
+    since: int = NOWHERE
     window: int = 0
     mark: int = NEVER
 
@@ -76,10 +80,15 @@ class Pattern:
         """Whether a miss at `offset` goes on where the last window ended."""
         return self.expected - REORDER <= offset <= self.expected + REORDER
 
+    def covers(self, offset: int) -> bool:
+        """Whether the byte at `offset` was asked for already."""
+        return self.since <= offset < self.expected
+
     def follow(self, extent: Extent, sequential: bool) -> None:
         """The reader's next bytes are on their way as `extent`, which it may share with others. Asking again
         from the middle keeps the link busy while the reader works."""
         self.window = max(extent.length, self.window) if sequential else extent.length
+        self.since = self.since if sequential and self.covers(extent.start - 1) else extent.start
         self.expected = extent.end
         self.mark = extent.end - extent.length // 2 if sequential else NEVER
 
@@ -88,7 +97,8 @@ def window(link: Link, pattern: Pattern, offset: int) -> tuple[int, bool]:
     """(bytes to ask for from `offset`, whether this is sequential reading)."""
     if not pattern.is_next(offset):
         return link.random_window, False
-    return min(max(2 * pattern.window, link.random_window), SEQUENTIAL_MAX), True
+    longest = min(max(ceil(int(link.rate * SEQUENTIAL_S), BLOCK), RANDOM_MAX), SEQUENTIAL_MAX)
+    return min(max(2 * pattern.window, link.random_window), longest), True
 
 
 def request(miss: Extent, absent: list[Extent], want: int) -> Extent | None:

@@ -22,6 +22,10 @@ class Sink(Protocol):
         """The same without waiting; None where `room` would have to wait, or to begin a new piece."""
         ...
 
+    def awaited(self, n: int) -> bool:
+        """Whether somebody waits for one of the next `n` bytes. May be asked from any thread."""
+        ...
+
     def arrived(self, n: int) -> None:
         """The first `n` bytes of the last `room` are the next `n` bytes of the body."""
         ...

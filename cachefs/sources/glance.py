@@ -45,8 +45,9 @@ T = TypeVar("T")
 
 # One read of the socket: what a fast link has ready at once, so that a piece costs little and comes soon.
 PIECE_BYTES = 1 << 20
-# Handing on costs the loop some 50 us, so what comes in within a moment is handed on together.
-HAND_ON_S = 0.001
+# Handing on costs the loop some 50 us and every other thread Python's lock, so it is done when somebody waits, or
+# when nothing more comes for a moment, and otherwise as seldom as this: who comes next finds most of it there.
+HAND_ON_S, MOMENT_S = 0.005, 0.001
 # Glance's own bound on a page of a listing.
 LISTING_PAGE = 1000
 RETRY_AFTER_MAX_S = 30.0
@@ -132,8 +133,9 @@ class Glance:
             room[ready : ready + len(piece)] = piece
             ready += len(piece)
             at += len(piece)
+            due = now_s >= handed_s + HAND_ON_S or sink.awaited(ready)
             # At the end the body has no socket any more to ask.
-            if at == length or ready == len(room) or now_s >= handed_s + HAND_ON_S or not _has_more(body):
+            if due or at == length or ready == len(room) or not _has_more(body):
                 more = trio.from_thread.run_sync(hand_on, ready)
                 ready, handed_s = 0, time.monotonic()
                 if at < length:
@@ -264,7 +266,7 @@ def _has_more(body: urllib3.BaseHTTPResponse) -> bool:
     """Whether the next bytes will be here within a moment that is worth waiting."""
     asked = select.poll()  # Not select(2), which takes no file beyond the 1024th: segments are open, too.
     asked.register(body.fileno(), select.POLLIN)
-    return bool(asked.poll(HAND_ON_S * 1000))
+    return bool(asked.poll(MOMENT_S * 1000))
 
 
 @contextmanager

@@ -106,39 +106,42 @@ class Index:
         self.path = path
         self._gate = threading.Condition()
         self._readers = 0
-        self._growing = False
+        self._closed = False
         try:
-            self._env = lmdb.open(
-                str(path),
-                map_size=map_size,
-                max_dbs=len(Table),
-                max_readers=_READERS_MAX,
-                max_spare_txns=8,
-                meminit=False,
-                mode=0o600,
-                readonly=read_only,
-                create=not read_only,
-                lock=not read_only,  # Only under the store's own lock, so there is no writer to tell.
-            )
-            if not read_only:
-                self._env.reader_check()
-            self._tables = {
-                table: self._env.open_db(
-                    table.name.lower().encode(),
-                    dupsort=table is Table.DIGESTS,
-                    dupfixed=table is Table.DIGESTS,
-                    create=not read_only,
-                )
-                for table in Table
-            }
+            self._open(map_size, read_only)
         except lmdb.Error as error:
             raise StoreUnusable(str(path), f"the index cannot be opened: {error}") from error
+
+    def _open(self, map_size: int, read_only: bool = False) -> None:
+        self._env = lmdb.open(
+            str(self.path),
+            map_size=map_size,
+            max_dbs=len(Table),
+            max_readers=_READERS_MAX,
+            max_spare_txns=8,
+            meminit=False,
+            mode=0o600,
+            readonly=read_only,
+            create=not read_only,
+            lock=not read_only,  # Only under the store's own lock, so there is no writer to tell.
+        )
+        if not read_only:
+            self._env.reader_check()
+        self._tables = {
+            table: self._env.open_db(
+                table.name.lower().encode(),
+                dupsort=table is Table.DIGESTS,
+                dupfixed=table is Table.DIGESTS,
+                create=not read_only,
+            )
+            for table in Table
+        }
 
     @contextmanager
     def reading(self) -> Iterator[Snapshot]:
         """A snapshot for the length of a `with`, in which nothing awaits and nothing waits for the disk."""
         with self._gate:
-            while self._growing:
+            while self._closed:
                 self._gate.wait()
             self._readers += 1
         try:
@@ -147,7 +150,7 @@ class Index:
         finally:
             with self._gate:
                 self._readers -= 1
-                if self._growing:
+                if self._closed:
                     self._gate.notify_all()
 
     def commit(self, writes: WriteSet) -> None:
@@ -160,6 +163,7 @@ class Index:
             except lmdb.MapFullError:
                 self._grow()
             except lmdb.Error as error:
+                self._open_again_if_given_up()
                 raise OSError(f"the index could not be written: {error}") from error
 
     def _apply(self, txn: lmdb.Transaction, writes: WriteSet) -> None:
@@ -178,17 +182,38 @@ class Index:
             txn.put(digest, f.chunk_key(chunk), db=digests)
 
     def _grow(self) -> None:
+        with self._alone():
+            try:
+                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+            except lmdb.Error as error:
+                raise OSError(f"the index cannot grow: {error}") from error
+
+    def _open_again_if_given_up(self) -> None:
+        """A commit that fails at its last write leaves LMDB refusing everything, reads too, until the environment
+        is opened anew: the commit before it stands then."""
+        try:
+            self._env.begin().abort()
+        except lmdb.Error:
+            with self._alone():
+                map_size = self.map_size
+                self._env.close()
+                try:
+                    self._open(map_size)
+                except lmdb.Error as error:
+                    raise OSError(f"the index cannot be opened again: {error}") from error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no transaction is open. For the one who commits."""
         with self._gate:
-            self._growing = True
+            self._closed = True
             while self._readers:
                 self._gate.wait()
             try:
-                self._env.set_mapsize(self._env.info()["map_size"] * 2)
-                self._trimmed_at = None
-            except lmdb.Error as error:
-                raise OSError(f"the index cannot grow: {error}") from error
+                yield
             finally:
-                self._growing = False
+                self._trimmed_at = None
+                self._closed = False
                 self._gate.notify_all()
 
     def trim(self) -> None:

@@ -34,4 +34,7 @@ class OriginalView:
         length = min(length, self.size - offset)
         if length <= 0:
             return b""
+        arrived = self._blocks.arrived(self._stored, offset, length)
+        if arrived is not None:
+            return arrived
         return await self._blocks.read(self._stored, offset, length, self._pattern)
