@@ -16,10 +16,11 @@ from typing import Any
 
 import trio
 
-from cachefs.errors import ImageGone, NoEntry, NotPermitted, OriginError, OriginUnavailable
+from cachefs.errors import ImageForbidden, ImageGone, NoEntry, NotPermitted, OriginError, OriginUnavailable
 from cachefs.namespace import image_id, unique_links
 from cachefs.sources import Registry
 from cachefs.store.content import Store
+from cachefs.store.format import ViewKind
 
 log = logging.getLogger(__name__)
 
@@ -227,6 +228,8 @@ class Catalog:
             self.last_error = None
         except OriginError as error:
             question.error = error
+            if isinstance(error, ImageForbidden):
+                return  # That is about one image; Glance is well.
             self._unwell_until_s = trio.current_time() + UNWELL_S
             if self.last_error is None:
                 log.warning("Glance cannot say what there is; known images stay: %s", error)
@@ -309,6 +312,7 @@ class Catalog:
         del self._by_number[known.number]
         self._links = None
         self._store.drop_image(image)
+        self._store.end_view(image, ViewKind.ORIGINAL)
         self.on_gone(known)
 
     def _remember_unknown(self, image: str) -> None:

@@ -12,6 +12,7 @@ import heapq
 import itertools
 import logging
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MEMORY_MAX = 64 << 20
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.2, 5.0
+OFFER_AGAIN_S = 10.0  # Longer than the store's own pause after it was full.
 # Flights that wait for a place become one up to here; beyond it several connections are faster than one.
 TOGETHER_MAX = 4 << 20
 
@@ -159,9 +161,10 @@ class _Memory:
     """A bound on the bytes of all slabs, and the place that they come from. Served in order, so that nobody
     starves. Whole spans are used again: zeroing and faulting in 4 MiB takes as long as receiving it."""
 
-    def __init__(self, total: int, span_size: int) -> None:
+    def __init__(self, total: int, span_size: int, reclaim: Callable[[], bool]) -> None:
         self._free = total
         self.total = total
+        self._reclaim = reclaim  # Gives something back that is only nice to have; False when there is nothing.
         self._waiting: dict[trio.Event, int] = {}
         self._span_size = span_size
         self._spare: list[bytearray] = []
@@ -191,7 +194,13 @@ class _Memory:
     def used(self) -> int:
         return self.total - self._free
 
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self._waiting)
+
     async def take(self, n: int) -> None:
+        while n > self._free and self._reclaim():
+            pass
         if not self._waiting and n <= self._free:
             self._free -= n
             return
@@ -238,7 +247,11 @@ class Fetcher:
     ) -> None:
         self._source, self._store, self._retries = source, store, retries
         self._slots = _Slots(connections)
-        self._memory = _Memory(max(memory_max, store.span_size), store.span_size)
+        self._memory = _Memory(max(memory_max, store.span_size), store.span_size, self._drop_unkept)
+        # What the store did not take is read from here as long as nothing else needs the memory: a sequential
+        # reader would otherwise have each window fetched again and again. Oldest first.
+        self._unkept: deque[tuple[Flight, Slab]] = deque()
+        self._offering = False
         self._nursery: trio.Nursery | None = None
         self._flights: dict[StoredView, list[Flight]] = {}
         self.link = Link()
@@ -246,16 +259,24 @@ class Fetcher:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled; what is under way then is abandoned."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            await trio.sleep_forever()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
 
     # ── what is under way ──
 
     @property
     def memory_used(self) -> int:
         return self._memory.used
+
+    @property
+    def memory_unkept(self) -> int:
+        """The part of it that the store did not take, and that goes when the rest is needed."""
+        return sum(len(slab.data) for _, slab in self._unkept)
 
     def flights(self) -> Iterator[Flight]:
         for flights in self._flights.values():
@@ -295,7 +316,14 @@ class Fetcher:
     def spawn(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
         """Runs `work` in the fetcher's nursery: what a reader set off and does not wait for."""
         assert self._nursery is not None, "the fetcher is not running"
-        self._nursery.start_soon(work, *args)
+        self._nursery.start_soon(self._run_alone, work, args)
+
+    @staticmethod
+    async def _run_alone(work: Callable[..., Awaitable[None]], args: tuple[object, ...]) -> None:
+        try:
+            await work(*args)
+        except Exception:  # Nobody waits for it, and nobody is to suffer from it.
+            log.exception("unexpected failure of %s", work)
 
     def start(self, view: StoredView, extent: Extent, priority: Priority) -> Flight:
         """Begins to fetch `extent`, whole blocks that nothing brings yet. Where the origin gives no ranges,
@@ -447,11 +475,35 @@ class Fetcher:
             return
 
         def done(kept: bool) -> None:
+            if not kept and not self._memory.is_wanted and self._nursery is not None:
+                self._unkept.append((flight, slab))
+                if not self._offering:
+                    self._offering = True
+                    self.spawn(self._offer_again)
+                return
             self.drop_slab(flight, slab)
             self._forget(flight)
+            if kept and self._unkept:  # The store takes bytes again.
+                self.keep_slab(*self._unkept.popleft())
 
         data = slab.data[: ceil(slab.filled, PAGE)].toreadonly()
         self._store.keep(flight.view, slab.start, data, done)
+
+    async def _offer_again(self) -> None:
+        """Asks the store now and then whether it takes what it refused; if it does, the rest follows."""
+        while self._unkept:
+            await trio.sleep(OFFER_AGAIN_S)
+            if self._unkept:
+                self.keep_slab(*self._unkept.popleft())
+        self._offering = False
+
+    def _drop_unkept(self) -> bool:
+        if not self._unkept:
+            return False
+        flight, slab = self._unkept.popleft()
+        self.drop_slab(flight, slab)
+        self._forget(flight)
+        return True
 
     def _drop_unfilled(self, flight: Flight) -> None:
         for slab in list(flight.slabs):

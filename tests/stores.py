@@ -299,6 +299,11 @@ class Edges:
     on_look_up: Callable[[], None] = lambda: None
     _armed: list[tuple[frozenset[Edge], int, Fate]] = field(default_factory=list)
 
+    @property
+    def commit_failed(self) -> bool:
+        """Whether what landed may be lost."""
+        return Edge.SYNC in self.failed or Edge.COMMIT in self.failed
+
     def around(self, opened: Opened) -> Opened:
         return replace(
             opened, segments=_EdgedSegments(opened.segments, self), index=_EdgedIndex(opened.index, self)
@@ -416,7 +421,7 @@ class _EdgedSegments(Segments):
         self._edges.on_read(segment, offset)
         return super().read(segment, offset, length)
 
-    def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> bool:
+    def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> int:
         self._edges.on_read(segment, offset)
         return super().read_into(segment, offset, buffer)
 

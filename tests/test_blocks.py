@@ -505,7 +505,28 @@ async def test_a_full_store_serves_and_keeps_nothing(tmp_path: Path) -> None:
         assert way.stored(1, SIZE).cached == 0
         asked = len(way.source.requests)
         await way.read(1, SIZE, 0, 300_000)
+        assert len(way.source.requests) == asked  # There was memory for it.
+
+
+@virtual_time
+async def test_what_a_full_store_refused_makes_way_for_what_is_needed(tmp_path: Path) -> None:
+    async with flow(tmp_path, limits=lambda: FULL, memory_max=2 * SPAN) as way:
+        for image in (1, 2, 3, 4):
+            await way.read(image, SIZE, 0, SIZE)
+            await way.settled()
+        asked = len(way.source.requests)
+        await way.read(1, SIZE, 0, 4096)
         assert len(way.source.requests) == asked + 1
+
+
+@virtual_time
+async def test_a_slow_sequential_reader_of_a_full_store_fetches_each_byte_once(tmp_path: Path) -> None:
+    async with flow(tmp_path, limits=lambda: FULL) as way:
+        read = way.open(1, SIZE)
+        for offset in range(0, SIZE, 128 * KIB):
+            await read(offset, 128 * KIB)
+            await trio.sleep(0.05)
+        assert way.fetcher.counts.bytes_fetched == SIZE
 
 
 @virtual_time
@@ -516,9 +537,11 @@ async def test_a_store_with_room_again_keeps_again(tmp_path: Path) -> None:
         await way.settled()
         limits = UNLIMITED
         await trio.sleep(10.0)
-        await way.read(1, SIZE, 0, 4096)
+        await way.read(1, SIZE, 4 * MIB, 4096)
         await way.settled()
-        assert way.stored(1, SIZE).cached >= BLOCK
+        view = way.stored(1, SIZE)
+        assert not view.absent(Extent(0, BLOCK))  # What had been refused, as well.
+        assert not view.absent(Extent(4 * MIB, 4 * MIB + BLOCK))
 
 
 @virtual_time
@@ -585,7 +608,7 @@ async def test_a_disk_that_is_full_at_the_first_byte_is_no_error_of_a_reader(tmp
         for _ in range(6):
             await way.read(1, SIZE, 0, MIB)
             await way.settled()
-            await trio.sleep(6.0)
+            await trio.sleep(11.0)
         assert way.stored(1, SIZE).cached >= MIB
 
 

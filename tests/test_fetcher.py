@@ -540,7 +540,7 @@ async def test_who_comes_late_to_a_stream_that_began_again_is_served_by_it(tmp_p
 @virtual_time
 async def test_a_stream_that_passed_what_is_not_kept_is_asked_for_again(tmp_path: Path) -> None:
     source = ScriptedSource(streams_only={1}, rate=4e6)
-    async with flow(tmp_path, source, limits=lambda: FULL, doubling_allowed=True) as way:
+    async with flow(tmp_path, source, limits=lambda: FULL, memory_max=SPAN, doubling_allowed=True) as way:
         async with trio.open_nursery() as readers:
             readers.start_soon(way.read, 1, SIZE, 7 * MIB, 4096)
             await trio.sleep(1.0)

@@ -143,7 +143,7 @@ def test_golden_names_and_numbers() -> None:
         "punches": 8,
     }
     assert {kind.name: kind.value for kind in Kind} == {"ABSENT": 0, "HOLE": 1, "CHUNK": 2}
-    assert {kind.name: kind.value for kind in ViewKind} == {"ORIGINAL": 1, "RAW": 2, "RESIZED": 3}
+    assert {kind.name: kind.value for kind in ViewKind} == {"ENDED": 0, "ORIGINAL": 1, "RAW": 2, "RESIZED": 3}
     assert {mode.name: mode.value for mode in OriginMode} == {"UNKNOWN": 0, "RANGES": 1, "STREAM": 2}
     assert f.segment_name(SegmentNo(7)) == "0000000007.seg"
     assert f.SEGMENT_SIZE == 1 << 30

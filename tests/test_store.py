@@ -619,6 +619,25 @@ def test_a_missing_segment_is_absent_and_lands_again(folder: Path, caplog: pytes
     assert [finding.what for finding in report.findings] == ["its file is missing"]
 
 
+def test_what_a_shortened_segment_lost_is_absent_and_never_zeros(folder: Path) -> None:
+    content = random_bytes(35, 2 * SPAN)
+
+    async def main() -> None:
+        async with running(folder) as store:
+            await land_all(store, view_of(store, 1, len(content)), content[:SPAN])
+        os.truncate(segment_file(folder), SPAN // 2)
+        async with running(folder) as store:
+            view = view_of(store, 1, len(content))
+            for _ in range(2):  # Also after something was appended.
+                assert await read(view, 0, SPAN // 2) == content[: SPAN // 2]
+                assert await read(view, SPAN // 2, 1) is None
+                assert await read(view, SPAN - 1, 1) is None
+                assert await land(store, view, SPAN, content[SPAN:])
+            assert await read(view, SPAN, SPAN) == content[SPAN:]
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize("edge", [Edge.CREATE, Edge.APPEND, Edge.SYNC, Edge.COMMIT])
 @pytest.mark.parametrize("fate", [Fate.CRASH, Fate.CRASH_TORN, Fate.CRASH_LATE])
 def test_a_crash_at_any_edge_leaves_a_sound_store(folder: Path, edge: Edge, fate: Fate) -> None:

@@ -97,7 +97,9 @@ def window(link: Link, pattern: Pattern, offset: int) -> tuple[int, bool]:
     """(bytes to ask for from `offset`, whether this is sequential reading)."""
     if not pattern.is_next(offset):
         return link.random_window, False
-    longest = min(max(ceil(int(link.rate * SEQUENTIAL_S), BLOCK), RANDOM_MAX), SEQUENTIAL_MAX)
+    longest = SEQUENTIAL_MAX
+    if link.rate:
+        longest = min(max(ceil(int(link.rate * SEQUENTIAL_S), BLOCK), RANDOM_MAX), SEQUENTIAL_MAX)
     return min(max(2 * pattern.window, link.random_window), longest), True
 
 

@@ -186,12 +186,10 @@ class StoredView:
             if segment == ABSENT:
                 return at
             if segment != HOLE:
-                try:
-                    if not self._store.segments.read_into(f.SegmentNo(segment), source, view[at : at + n]):
-                        return at
-                except OSError as error:
-                    self._store.note_read_error(error)
-                    return at
+                got = self._store.segments.read_into(f.SegmentNo(segment), source, view[at : at + n])
+                if got < n:
+                    self._store.read_errors += 1
+                    return at + got
             at += n
         return None
 
@@ -348,6 +346,14 @@ class Store:
     def known_view(self, image: str, kind: ViewKind) -> StoredView | None:
         return self._by_image.get((image, kind))
 
+    def end_view(self, image: str, kind: ViewKind) -> None:
+        """The image is gone for good. Whoever has it open reads on; should its id ever come to mean other bytes,
+        they get a view of their own. What it holds is to be freed."""
+        view = self._by_image.pop((image, kind), None)
+        if view is not None:
+            view.record = replace(view.record, kind=ViewKind.ENDED)
+            self.writer.submit(SetView(view.number, view.record))
+
     def set_origin(self, view: StoredView, origin: OriginMode) -> None:
         """Remembers how the origin gives the image's bytes."""
         if view.record.origin is not origin:
@@ -356,7 +362,9 @@ class Store:
 
     def _add_view(self, number: ViewNo, record: ViewRecord) -> StoredView:
         view = StoredView(self, number, record)
-        self._views[number] = self._by_image[record.image, record.kind] = view
+        self._views[number] = view
+        if record.kind is not ViewKind.ENDED:
+            self._by_image[record.image, record.kind] = view
         return view
 
     def keep(self, view: StoredView, offset: int, data: memoryview, done: Callable[[bool], None]) -> None:

@@ -138,8 +138,10 @@ def decode_image(key: bytes, record: bytes) -> tuple[str, dict[str, Any]]:
 
 
 class ViewKind(IntEnum):
-    """1 is Glance's bytes; 2 (the guest disk inside) and 3 (resized) are kept for their own views."""
+    """0: the image is gone, and its id is not this view's any more. 1 is Glance's bytes; 2 (the guest disk inside)
+    and 3 (resized) are kept for their own views."""
 
+    ENDED = 0
     ORIGINAL = 1
     RAW = 2
     RESIZED = 3

@@ -19,6 +19,7 @@ from uuid import uuid4
 from cachefs.errors import RecordCorrupt, StoreFormat, StoreLocked, StoreUnusable
 from cachefs.store import format as f
 from cachefs.store.format import (
+    SEGMENT_SIZE,
     SPAN_SIZE_DEFAULT,
     SPAN_SIZE_MAX,
     SPAN_SIZE_MIN,
@@ -32,7 +33,7 @@ from cachefs.store.format import (
     ViewRecord,
 )
 from cachefs.store.index import MAP_SIZE_FIRST, Index, WriteSet
-from cachefs.store.segments import Segments, room_in
+from cachefs.store.segments import Segments
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def _recover(folder: Path, lock: StoreLock, index: Index, segments: Segments, re
     _open_segments(opened)
     _punch(opened, punches)
     last = max(records, default=None)
-    if last is not None and last in segments.files and room_in(records[last].end) > 0:
+    if last is not None and last in segments.files and segments.size(last) == records[last].end < SEGMENT_SIZE:
         opened.append_to = last
     return opened
 
@@ -208,4 +209,7 @@ def _open_segments(opened: Opened) -> None:
             opened.cut_bytes += size - record.end
             segments.truncate(segment, record.end)
         elif size < record.end:
-            log.error("segment %d ends at %d, not at %d", segment, size, record.end)
+            # Nothing is appended to it again: what is lost must stay unreadable, not become zeros.
+            log.error(
+                "segment %d ends at %d, not at %d: what it lost will be fetched again", segment, size, record.end
+            )

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from cachefs.store.format import SEGMENT_SIZE, Punch, SegmentNo, segment_name
+from cachefs.store.format import Punch, SegmentNo, segment_name
+
+log = logging.getLogger(__name__)
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -80,15 +83,20 @@ class Segments:
         file = self.files.get(segment)
         return b"" if file is None else os.pread(file, length, offset)
 
-    def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> bool:
-        """Fills `buffer`; False where the file ends early. May wait for the disk."""
+    def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> int:
+        """Fills `buffer`; returns how many bytes it got, which is less where the file ends or the disk fails. May
+        wait for the disk."""
         file = self.files.get(segment)
-        while file is not None and buffer:
-            n = os.preadv(file, (buffer,), offset)
-            if n == 0:
-                break
-            buffer, offset = buffer[n:], offset + n
-        return not buffer
+        got = 0
+        try:
+            while file is not None and got < len(buffer):
+                n = os.preadv(file, (buffer[got:],), offset + got)
+                if n == 0:
+                    break
+                got += n
+        except OSError as error:
+            log.error("%s, offset %d: %s", segment_name(segment), offset + got, error.strerror)
+        return got
 
     # ── durability and space ──
 
@@ -147,8 +155,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def room_in(end: int) -> int:
-    """How many bytes a segment whose last byte is before `end` still takes."""
-    return max(0, SEGMENT_SIZE - end)

@@ -212,9 +212,9 @@ class Writer:
             self._flushing.clear()
             return False
         assert self._first_uncommitted_s is not None
-        age = trio.current_time() - self._first_uncommitted_s
+        old = trio.current_time() >= self._first_uncommitted_s + self._interval_s  # As `_wait` reckons.
         large = self._ledger.open.bytes_appended >= COMMIT_BYTES
-        return large or bool(self._flushing) or self._stopping or age >= self._interval_s
+        return large or bool(self._flushing) or self._stopping or old
 
     async def _wait(self) -> None:
         """Until there is something to do. Everything that makes work sets `_wake` before it is looked at."""
