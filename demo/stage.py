@@ -52,6 +52,7 @@ log_file = {folder}/{log}
 [mount]
 mountpoint = {folder}/mnt
 allow_other = {others}
+read_deadline = 3
 
 [store]
 path = {folder}/store
