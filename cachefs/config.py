@@ -164,8 +164,8 @@ _OPTIONS: dict[str, list[cfg.Opt]] = {
             default=4,
             min=0,
             max=20,
-            help="Tries after the first, of a request that may do better next time. They end with the "
-            "reader's deadline.",
+            help="Tries after the first, of a request that brought nothing. While a read waits, an origin that "
+            "is away is tried until the read's deadline.",
         ),
         cfg.Opt(
             "listing_ttl",
