@@ -40,7 +40,6 @@ Answer = TypeVar("Answer")
 Args = TypeVarTuple("Args")
 
 TASKS_MAX = 16384
-TASKS_IDLE_MAX = 8
 BACKGROUND_MAX = 65535  # What the kernel's field holds.
 READ_AHEAD_KIB = 1024  # One FUSE request of 256 pages.
 CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -338,7 +337,7 @@ class Mount:
 
     async def serve(self) -> None:
         """Answers the kernel until it unmounts or the caller cancels."""
-        await pyfuse3.main(min_tasks=TASKS_IDLE_MAX, max_tasks=TASKS_MAX)
+        await pyfuse3.main(max_tasks=TASKS_MAX)
 
     def forget(self, image: Image) -> None:
         """Has the kernel look the image's name up again."""
