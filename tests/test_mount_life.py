@@ -375,7 +375,10 @@ def test_a_mountpoint_with_an_odd_name(tmp_path: Path, origin: StallingOrigin) -
 
 # In a namespace of its own, /dev made private there: also where / is no mount of its own, as in a chroot.
 IN_OWN_MOUNTS: Final = ["unshare", "-m", "--propagation", "unchanged", "sh", "-c"]
-NO_DEVICE: Final = 'mount --make-rprivate /dev && mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9 && exec "$@"'
+NO_DEVICE: Final = (
+    "mount --make-rprivate /dev && mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 "
+    '&& mknod -m 666 /dev/urandom c 1 9 && exec "$@"'
+)
 OTHER_DEVICE: Final = 'mount --make-rprivate /dev && mount --bind /dev/null /dev/fuse && exec "$@"'
 
 
