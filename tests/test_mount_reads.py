@@ -385,13 +385,14 @@ def test_a_read_that_is_not_answered_in_time_fails_and_may_be_tried_again(
         stall = Stall()
         origin.fault(stall)
         far = 8 * MIB
+        before = len(origin.data)  # Other tests share this origin.
         assert errno_of(lambda: read_direct(path, far, 4096)) == errno.EIO
         assert read_direct(path, 0, 4096) == expected(HOLES, 0, 4096)
         stall.release.set()
         # The flight goes on without its reader, and serves the next one.
         node.wait_for_status(lambda now: now["fetcher"]["flights"] == 0)
         assert read_direct(path, far, 4096) == expected(HOLES, far, 4096)
-        assert len([request for request in origin.data if request.extent and request.extent[0] == far]) == 1
+        assert len([r for r in origin.data[before:] if r.extent and r.extent[0] == far]) == 1
 
 
 def hit_often(cached: Path, partly_cached: Path) -> None:
