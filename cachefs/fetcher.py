@@ -253,19 +253,22 @@ class Fetcher:
         self._unkept: deque[tuple[Flight, Slab]] = deque()
         self._offering = False
         self._nursery: trio.Nursery | None = None
+        self._running = False
         self._flights: dict[StoredView, list[Flight]] = {}
         self.link = Link()
         self.counts = Counts()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled; what is under way then is abandoned."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                task_status.started()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._running = True
+            task_status.started()
+            try:
                 await trio.sleep_forever()
-        finally:
-            self._nursery = None
+            finally:
+                # Before the nursery closes: the writer may still say that it did not keep something.
+                self._running = False
 
     # ── what is under way ──
 
@@ -472,10 +475,11 @@ class Fetcher:
         """Hands what has arrived to the store: whole blocks, or up to the view's end."""
         if not slab.filled or not flight.view.absent(Extent(slab.start, slab.start + slab.filled)):
             self.drop_slab(flight, slab)
+            self._forget(flight)
             return
 
         def done(kept: bool) -> None:
-            if not kept and not self._memory.is_wanted and self._nursery is not None:
+            if not kept and not self._memory.is_wanted and self._running:
                 self._unkept.append((flight, slab))
                 if not self._offering:
                     self._offering = True
