@@ -20,7 +20,18 @@ from oslo_log import log
 
 from cachefs import __version__
 from cachefs.errors import ConfigError
-from cachefs.option_types import Amount, AmountType, FileModeType, PathType, SecondsType, SpanSizeType
+from cachefs.option_types import (
+    Amount,
+    AmountType,
+    FileModeType,
+    Hours,
+    HoursType,
+    PathType,
+    RateType,
+    SecondsType,
+    ShareType,
+    SpanSizeType,
+)
 from cachefs.sources import auth
 
 DEFAULT_FILE = "/etc/cachefs/cachefs.conf"
@@ -46,6 +57,10 @@ class StoreConfig:
     path: str
     max_size: Amount
     min_free: Amount
+    high_watermark: float  # These three are fractions.
+    low_watermark: float
+    pin_share: float
+    verify_first_read: bool
     span_size: int | None  # None: the store's own, or the default of a new one.
     commit_interval: float
 
@@ -59,6 +74,13 @@ class GlanceConfig:
     retries: int
     listing_ttl: float
     negative_ttl: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubConfig:
+    interval: float  # 0: only when it is asked for.
+    bandwidth: int  # Bytes per second; 0 for no bound.
+    hours: Hours | None  # None: at any hour.
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +110,7 @@ class Config:
     mount: MountConfig
     store: StoreConfig
     glance: GlanceConfig
+    scrub: ScrubConfig
     control: ControlConfig
     log: LogConfig
 
@@ -136,6 +159,30 @@ _OPTIONS: dict[str, list[cfg.Opt]] = {
             help="What the store leaves free on its filesystem, whoever else fills it.",
         ),
         cfg.Opt(
+            "high_watermark",
+            ShareType(),
+            default="95%",
+            help="Above this share of what the store may hold, eviction begins in the background.",
+        ),
+        cfg.Opt(
+            "low_watermark",
+            ShareType(),
+            default="85%",
+            help="Eviction in the background ends when the store is down to this share.",
+        ),
+        cfg.Opt(
+            "pin_share",
+            ShareType(),
+            default="50%",
+            help="Pinned images may claim this share of what the store may hold, by their whole sizes.",
+        ),
+        cfg.BoolOpt(
+            "verify_first_read",
+            default=True,
+            help="Compare each chunk with its digest when it is first read since the daemon's start. Off, rot on "
+            "the disk reaches guests until the scrubber meets it.",
+        ),
+        cfg.Opt(
             "span_size",
             SpanSizeType(),
             sample_default="4M",
@@ -180,6 +227,26 @@ _OPTIONS: dict[str, list[cfg.Opt]] = {
             help="How long an image that Glance does not know stays unknown.",
         ),
     ],
+    "scrub": [
+        cfg.Opt(
+            "interval",
+            SecondsType(0, 366 * 86400),
+            default=604800.0,
+            help="Seconds from the beginning of one scrub to that of the next; 0 for none but those that "
+            "cachefs scrub asks for.",
+        ),
+        cfg.Opt(
+            "bandwidth",
+            RateType(),
+            default="100M",
+            help="Bytes per second that a scrub reads at most; 0 for no bound but that no guest waits.",
+        ),
+        cfg.Opt(
+            "hours",
+            HoursType(),
+            help="Local hours in which a scrub by interval may work, as in 22-6; any hour if unset.",
+        ),
+    ],
     "control": [
         cfg.Opt(
             "socket",
@@ -197,6 +264,7 @@ _SECTION_HELP = {
     "glance": "Where images come from. There are three ways to be let in: auth_type with its own options "
     "(password and v3applicationcredential are shown below; keystoneauth has more), cloud, or "
     "auth_type = none with endpoints.",
+    "scrub": "When and how fast everything that is cached is compared with its digests.",
     "control": "How the cachefs command reaches the daemon.",
 }
 
@@ -418,6 +486,8 @@ def _reason(opt: cfg.Opt, error: Exception) -> str:
 
 def _contradictions(conf: cfg.ConfigOpts) -> Iterator[ConfigError]:
     mountpoint, store, socket = conf.mount.mountpoint, conf.store.path, conf.control.socket
+    if conf.store.low_watermark >= conf.store.high_watermark:
+        yield ConfigError("store/low_watermark", "is not below high_watermark: eviction would never end")
     if PurePath(store).is_relative_to(mountpoint):
         yield ConfigError("store/path", f"{store} would lie under the mount itself, {mountpoint}")
     elif PurePath(mountpoint).is_relative_to(store):
@@ -429,7 +499,7 @@ def _contradictions(conf: cfg.ConfigOpts) -> Iterator[ConfigError]:
 
 
 def _config(conf: cfg.ConfigOpts) -> Config:
-    mount, store, glance = conf.mount, conf.store, conf.glance
+    mount, store, glance, scrub = conf.mount, conf.store, conf.glance, conf.scrub
     return Config(
         mount=MountConfig(
             mountpoint=mount.mountpoint,
@@ -443,6 +513,10 @@ def _config(conf: cfg.ConfigOpts) -> Config:
             path=store.path,
             max_size=store.max_size,
             min_free=store.min_free,
+            high_watermark=store.high_watermark,
+            low_watermark=store.low_watermark,
+            pin_share=store.pin_share,
+            verify_first_read=store.verify_first_read,
             span_size=store.span_size,
             commit_interval=store.commit_interval,
         ),
@@ -460,6 +534,7 @@ def _config(conf: cfg.ConfigOpts) -> Config:
             listing_ttl=glance.listing_ttl,
             negative_ttl=glance.negative_ttl,
         ),
+        scrub=ScrubConfig(scrub.interval, scrub.bandwidth, scrub.hours),
         control=ControlConfig(socket=conf.control.socket),
         log=LogConfig(debug=conf.debug, conf=conf),
     )

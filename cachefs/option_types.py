@@ -65,6 +65,54 @@ class AmountType(_TextType):
         return amount
 
 
+class ShareType(_TextType):
+    """A share in percent, of what is said where it is used. The value is a fraction: 0 < x <= 1."""
+
+    def __init__(self) -> None:
+        super().__init__("percent, as in 95%")
+
+    def __call__(self, value: str) -> float:
+        amount = _amount(value)
+        if not amount.is_percent or not 0 < amount.number <= 100:
+            raise ValueError(f"{value!r} is no share: write a percentage above 0% and up to 100%")
+        return amount.number / 100
+
+
+class RateType(_TextType):
+    """Bytes per second."""
+
+    def __init__(self) -> None:
+        super().__init__("bytes per second, or 100M for MiB/s")
+
+    def __call__(self, value: str) -> int:
+        amount = _amount(value)
+        if amount.is_percent:
+            raise ValueError(f"{value!r} is no rate: write bytes per second, or 100M for MiB/s")
+        return int(amount.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """From the beginning of hour `first` to that of hour `last`, which may be on the next day."""
+
+    first: int
+    last: int
+
+    def include(self, hour: int) -> bool:
+        return (hour - self.first) % 24 < (self.last - self.first) % 24
+
+
+class HoursType(_TextType):
+    def __init__(self) -> None:
+        super().__init__("hours of the day, as in 22-6")
+
+    def __call__(self, value: str) -> Hours:
+        match = re.fullmatch(r"(\d{1,2})\s*-\s*(\d{1,2})", value.strip(), re.ASCII)
+        if match is None or max(first := int(match[1]), last := int(match[2])) > 24 or first % 24 == last % 24:
+            raise ValueError(f"{value!r} are no hours: write the first and the one at which to stop, as in 22-6")
+        return Hours(first % 24, last % 24)
+
+
 class SpanSizeType(_TextType):
     def __init__(self) -> None:
         super().__init__("bytes, or 4M for MiB")

@@ -106,13 +106,49 @@ def faults(file: Path, text: str) -> list[str]:
 def test_defaults_are_those_of_the_documentation(file: Path) -> None:
     c = load(file, NONE)
     assert c.mount == config.MountConfig("/mnt/cachefs", True, os.geteuid(), os.getegid(), 0o444, 60.0)
-    assert c.store == config.StoreConfig("/var/lib/cachefs", Amount(80, True), Amount(5, True), None, 1.0)
+    assert c.store == config.StoreConfig(
+        "/var/lib/cachefs", Amount(80, True), Amount(5, True), 0.95, 0.85, 0.5, True, None, 1.0
+    )
+    assert c.scrub == config.ScrubConfig(604800.0, 100 << 20, None)
     assert c.control == config.ControlConfig("/run/cachefs/control.sock")
     g = c.glance
     assert (g.connections, g.connect_timeout, g.read_timeout, g.retries) == (8, 5.0, 20.0, 4)
     assert (g.listing_ttl, g.negative_ttl) == (60.0, 10.0)
     assert g.auth.interface == ("internal", "public")
     assert g.auth.service_type == "image"
+
+
+def test_shares_rates_and_hours(file: Path) -> None:
+    c = load(
+        file,
+        f"{NONE}[store]\nhigh_watermark = 50 %\nlow_watermark = 2.5%\n[scrub]\nbandwidth = 1.5G\nhours = 22 - 6\n",
+    )
+    assert (c.store.high_watermark, c.store.low_watermark) == (0.5, 0.025)
+    assert c.scrub.bandwidth == 3 << 29
+    assert c.scrub.hours is not None
+    assert [hour for hour in range(24) if c.scrub.hours.include(hour)] == [0, 1, 2, 3, 4, 5, 22, 23]
+    same_day = load(file, f"{NONE}[scrub]\nhours = 0-24\nhours = 9-17\n").scrub.hours
+    assert same_day is not None
+    assert [hour for hour in range(24) if same_day.include(hour)] == list(range(9, 17))
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "fault"),
+    [
+        ("store", "high_watermark = 95", "is no share"),
+        ("store", "high_watermark = 0%", "is no share"),
+        ("store", "pin_share = 101%", "is no share"),
+        ("store", "low_watermark = 96%", "not below high_watermark"),
+        ("scrub", "bandwidth = 5%", "is no rate"),
+        ("scrub", "bandwidth = fast", "is no size"),
+        ("scrub", "hours = 25-6", "are no hours"),
+        ("scrub", "hours = 6-6", "are no hours"),
+        ("scrub", "hours = 6", "are no hours"),
+    ],
+)
+def test_wrong_shares_rates_and_hours(file: Path, section: str, line: str, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        load(file, f"{NONE}[{section}]\n{line}\n" if section != "glance" else NONE)
 
 
 @pytest.mark.parametrize(
@@ -520,7 +556,7 @@ def test_every_option_of_the_sample_is_known(file: Path) -> None:
         for section, body in re.findall(r"^\[(\w+)\]\n(.*?)(?=^\[|\Z)", config.sample(), re.MULTILINE | re.DOTALL)
         for name in re.findall(r"^#(\w+) =", body, re.MULTILINE)
     }
-    assert {section for section, _ in names} == {"DEFAULT", "mount", "store", "glance", "control"}
+    assert {section for section, _ in names} == {"DEFAULT", "mount", "store", "glance", "scrub", "control"}
     for section, name in sorted(names):
         complaints = [
             any(f"{section}/{name}: FILE" in fault and "option" in fault for fault in faults(file, text))
@@ -534,5 +570,5 @@ def test_the_sample_names_what_an_operator_needs() -> None:
     shown = config.sample()
     for option in ("cloud", "auth_type", "auth_url", "password", "application_credential_secret", "cafile"):
         assert f"\n#{option} =" in shown
-    for left_out in ("timeout", "connect_retries", "collect_timing", "high_watermark"):
+    for left_out in ("timeout", "connect_retries", "collect_timing", "policies"):
         assert f"\n#{left_out} =" not in shown

@@ -19,13 +19,18 @@ from cachefs.store.format import (
     Counters,
     Entry,
     Kind,
+    LeaseReason,
+    LeaseRecord,
     OriginMode,
     Punch,
+    ScrubRecord,
     SegmentNo,
     SegmentRecord,
     SpanNo,
     StoreRecord,
     Table,
+    UseFlag,
+    UsesRecord,
     ViewKind,
     ViewNo,
     ViewRecord,
@@ -48,6 +53,11 @@ CHUNK = Chunk(SegmentNo(0x01020304), 0x05060708, 0x40, bytes(range(16)), 0x090A0
 SEGMENT_NO = SegmentNo(0x01020304)
 SEGMENT = SegmentRecord(0x0102030405060708, 0x1112131415161718)
 PUNCH = Punch(SegmentNo(0x01020304), 0x05060708090A0B0C, 0x1000)
+SCRUB = ScrubRecord(0x0102030405060708, 0x1112131415161718, 1.5, -2.25, 3, 4, 5, 6)
+USES_KEY = f.uses_key(VIEW_NO, 0x05060708)
+USES = UsesRecord((0x01020304, *[0] * (f.USES_SPANS - 1)), (*[0] * (f.USES_SPANS - 1), 3))
+LEASE_KEY = f.lease_key(IMAGE, LeaseReason.PIN)
+LEASE = LeaseRecord(1.5, 0.0)
 
 Golden = tuple[Table, str, str, bytes, bytes]
 
@@ -109,6 +119,27 @@ RECORDS: dict[str, Golden] = {
         PUNCH.key,
         PUNCH.encode(),
     ),
+    "scrub": (
+        Table.META,
+        b"scrub".hex(),
+        "08070605040302011817161514131211000000000000f83f00000000000002c0030000000000000004000000000000000500000000000000060000000000000023247bccf8e33af6",
+        f.SCRUB_KEY,
+        SCRUB.encode(),
+    ),
+    "uses": (
+        Table.USES,
+        "0102030405060708",
+        "04030201" + "00" * 1275 + "03" + "1b3c09c97366ab6c",
+        USES_KEY,
+        USES.encode(USES_KEY),
+    ),
+    "lease": (
+        Table.LEASES,
+        "00112233445566778899aabbccddeeff01",
+        "000000000000f83f0000000000000000efc0a72b72e673ae",
+        LEASE_KEY,
+        LEASE.encode(LEASE_KEY),
+    ),
 }
 
 DECODERS: dict[str, tuple[Callable[[bytes, bytes], object], object]] = {
@@ -120,6 +151,9 @@ DECODERS: dict[str, tuple[Callable[[bytes, bytes], object], object]] = {
     "chunk": (Chunk.decode, CHUNK),
     "segment": (SegmentRecord.decode, SEGMENT),
     "punch": (Punch.decode, PUNCH),
+    "scrub": (lambda _, record: ScrubRecord.decode(record), SCRUB),
+    "uses": (UsesRecord.decode, USES),
+    "lease": (LeaseRecord.decode, LEASE),
 }
 
 
@@ -141,7 +175,11 @@ def test_golden_names_and_numbers() -> None:
         "digests": 6,
         "segments": 7,
         "punches": 8,
+        "uses": 9,
+        "leases": 10,
     }
+    assert {flag.name: flag.value for flag in UseFlag} == {"TWICE": 1, "BOOT": 2}
+    assert {reason.name: reason.value for reason in LeaseReason} == {"PIN": 1}
     assert {kind.name: kind.value for kind in Kind} == {"ABSENT": 0, "HOLE": 1, "CHUNK": 2}
     assert {kind.name: kind.value for kind in ViewKind} == {"ENDED": 0, "ORIGINAL": 1, "RAW": 2, "RESIZED": 3}
     assert {mode.name: mode.value for mode in OriginMode} == {"UNKNOWN": 0, "RANGES": 1, "STREAM": 2}

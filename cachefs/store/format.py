@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Any, NamedTuple, NewType
 from uuid import UUID
 
@@ -47,6 +47,8 @@ class Table(IntEnum):
     DIGESTS = 6
     SEGMENTS = 7
     PUNCHES = 8
+    USES = 9
+    LEASES = 10
 
 
 # ── Seals ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -112,6 +114,34 @@ class Counters(NamedTuple):
     @classmethod
     def decode(cls, record: bytes) -> Counters:
         return cls(*_COUNTERS.unpack(unseal(Table.META, COUNTERS_KEY, record)))
+
+
+# ── scrub ─────────────────────────────────────────────────────────────────────────────────────────────
+
+SCRUB_KEY = b"scrub"
+_SCRUB = struct.Struct("<QQddQQQQ")
+
+
+class ScrubRecord(NamedTuple):
+    """How far the scrubber is. A run goes over the chunks with `next_chunk` <= id < `end_chunk`; both 0 when
+    none is under way. Times are seconds since 1970, 0 for never; counts are those of the run that is under
+    way, or of the last one."""
+
+    next_chunk: int = 0
+    end_chunk: int = 0
+    began_s: float = 0.0
+    ended_s: float = 0.0
+    verified_bytes: int = 0
+    rotten: int = 0
+    healed: int = 0
+    lost: int = 0
+
+    def encode(self) -> bytes:
+        return seal(Table.META, SCRUB_KEY, _SCRUB.pack(*self))
+
+    @classmethod
+    def decode(cls, record: bytes) -> ScrubRecord:
+        return cls(*_SCRUB.unpack(unseal(Table.META, SCRUB_KEY, record)))
 
 
 # ── images ────────────────────────────────────────────────────────────────────────────────────────────
@@ -342,3 +372,76 @@ class Punch(NamedTuple):
     def decode(cls, key: bytes, record: bytes) -> Punch:
         segment, offset = _PUNCH_KEY.unpack(key)
         return cls(SegmentNo(segment), offset, _PUNCH.unpack(unseal(Table.PUNCHES, key, record))[0])
+
+
+# ── uses and leases ───────────────────────────────────────────────────────────────────────────────────
+
+USES_SPANS = 256  # Spans in one record of uses.
+_USES_KEY = struct.Struct(">II")
+_USES = struct.Struct(f"<{USES_SPANS}I{USES_SPANS}B")
+
+
+class UseFlag(IntFlag):
+    """What is known of a span besides when it was last read."""
+
+    TWICE = 1  # Read again some time after it came: not just passed over once.
+    BOOT = 2  # Among the first that were read at random after the image was opened.
+
+
+class UsesRecord(NamedTuple):
+    """Of `USES_SPANS` neighbouring spans of a view: when each was last read (seconds since 1970, 0 when it is
+    not here), and its `UseFlag`s. A hint for eviction, and no more: it may lag behind, or be lost."""
+
+    last_s: tuple[int, ...]
+    flags: tuple[int, ...]
+
+    def encode(self, key: bytes) -> bytes:
+        return seal(Table.USES, key, _USES.pack(*self.last_s, *self.flags))
+
+    @classmethod
+    def decode(cls, key: bytes, record: bytes) -> UsesRecord:
+        values = _USES.unpack(unseal(Table.USES, key, record))
+        return cls(values[:USES_SPANS], values[USES_SPANS:])
+
+
+def uses_key(view: ViewNo, group: int) -> bytes:
+    """`group` is the number of the first span divided by USES_SPANS."""
+    return _USES_KEY.pack(view, group)
+
+
+def split_uses_key(key: bytes) -> tuple[ViewNo, int]:
+    view, group = _USES_KEY.unpack(key)
+    return ViewNo(view), group
+
+
+class LeaseReason(IntEnum):
+    """Why an image may not be evicted, where that outlives the daemon. (An open handle does not.) 2 and 3 are kept
+    for a recent touch and for a disk that names the image."""
+
+    PIN = 1
+
+
+_LEASE = struct.Struct("<dd")
+
+
+class LeaseRecord(NamedTuple):
+    """A lease that outlives the daemon: seconds since 1970; `until_s` 0 for no end."""
+
+    since_s: float
+    until_s: float = 0.0
+
+    def encode(self, key: bytes) -> bytes:
+        return seal(Table.LEASES, key, _LEASE.pack(*self))
+
+    @classmethod
+    def decode(cls, key: bytes, record: bytes) -> LeaseRecord:
+        return cls(*_LEASE.unpack(unseal(Table.LEASES, key, record)))
+
+
+def lease_key(image: str, reason: LeaseReason) -> bytes:
+    return UUID(image).bytes + bytes((reason,))
+
+
+def split_lease_key(key: bytes) -> tuple[str, LeaseReason]:
+    """Raises ValueError for a reason of a later cachefs: to be left alone."""
+    return str(UUID(bytes=key[:16])), LeaseReason(key[16])
