@@ -27,7 +27,6 @@ from cachefs.store import format as f
 from cachefs.store.content import Limits, Store, StoredView
 from cachefs.store.format import Punch, SegmentNo, SpanNo, ViewKind, ViewNo
 from cachefs.store.index import MAP_SIZE_FIRST, Index, Snapshot, WriteSet
-from cachefs.store.recipe import absent_recipe, pages_of, present_bytes
 from cachefs.store.recover import Opened, open_store
 from cachefs.store.segments import Segments
 from tests.xxh3_twin import twin
@@ -156,30 +155,24 @@ async def read(view: StoredView, offset: int, length: int) -> bytes | None:
     return slow
 
 
-# ── What only a later issue does in the store itself ──────────────────────────────────────────────────
+# ── Closed stores ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def drop_span(folder: Path, view: ViewNo, span: SpanNo, *, punch: bool = True) -> None:
-    """Makes a span of a closed store absent, in the order of design §5; without `punch`, as after a crash
-    between the commit and the punching."""
-    opened = open_store(folder)
+    """Evicts a span of a closed store; without `punch`, as a crash between the commit and the punching does."""
+    edges = Edges()
+
+    async def main() -> None:
+        async with running(folder, edges=edges, span_size=None) as store:
+            if not punch:
+                edges.arm(Fate.CRASH, Edge.PUNCH)
+            await store.evict([(view, span)])
+
     try:
-        ledger = Store(opened, lambda: UNLIMITED).writer.ledger
-        old = ledger.recipe(view, span)
-        if old is None:
-            return
-        size = ledger.views[view].size - span * opened.record.span_size
-        ledger.set_recipe(view, span, absent_recipe(pages_of(old)), {}, -present_bytes(old, size))
-        layer, writes = ledger.seal()
-        opened.index.commit(writes)
-        ledger.committed()
-        if punch:
-            for note in layer.punches:
-                opened.segments.punch(note)
-            ledger.punched(layer.punches)
-            opened.index.commit(ledger.seal()[1])
-    finally:
-        opened.close()
+        trio.run(main)
+    except BaseExceptionGroup as failures:
+        if failures.split(Crash)[1] is not None:
+            raise
 
 
 @contextmanager
@@ -266,6 +259,7 @@ class Edge(Enum):
     COMMIT = auto()
     PUNCH = auto()
     TRUNCATE = auto()
+    REMOVE = auto()
 
 
 class Fate(Enum):
@@ -396,7 +390,7 @@ def _blank(folder: Path, segment: SegmentNo, extent: Extent) -> None:
 class _EdgedSegments(Segments):
     def __init__(self, inner: Segments, edges: Edges) -> None:
         super().__init__(inner.folder)
-        self.files = inner.files
+        self.files, self.last = inner.files, inner.last
         self._edges = edges
 
     def open(self, segment: SegmentNo, *, create: bool = False) -> None:
@@ -452,6 +446,10 @@ class _EdgedSegments(Segments):
     def truncate(self, segment: SegmentNo, end: int) -> None:
         with self._edges.crossing(Edge.TRUNCATE, errno.EIO):
             super().truncate(segment, end)
+
+    def remove_retired(self, segments: Iterable[SegmentNo]) -> None:
+        with self._edges.crossing(Edge.REMOVE, errno.EIO):
+            super().remove_retired(segments)
 
 
 class _EdgedIndex(Index):

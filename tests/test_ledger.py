@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -54,8 +55,14 @@ class Durable:
                     self.tables[table].pop(key, None)
                 else:
                     self.tables[table][key] = record
+        for table, prefix in writes.prefixes_removed:
+            for key in [key for key in self.tables[table] if key.startswith(prefix)]:
+                del self.tables[table][key]
         self.digests.difference_update(writes.digests_removed)
         self.digests.update(writes.digests_added)
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def recipe(self, view: ViewNo, span: SpanNo) -> Recipe | None:
         key = f.span_key(view, span)

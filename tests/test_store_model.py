@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from trio.testing import MockClock
 
 from cachefs.plan.extents import PAGE, ceil
+from cachefs.store import format as f
 from cachefs.store.check import check
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import SpanNo
@@ -106,7 +108,7 @@ class Life:
         return event.is_set()
 
     async def flush(self) -> bool:
-        return await self._finish(self.store.writer.flush)
+        return await self.finish(self.store.writer.flush)
 
     async def doubt(self, pages: Iterable[tuple[StoredView, int]]) -> bool:
         async def doubts() -> None:
@@ -114,9 +116,10 @@ class Life:
                 for view, page in pages:
                     nursery.start_soon(view.doubt, page * PAGE)
 
-        return await self._finish(doubts)
+        return await self.finish(doubts)
 
-    async def _finish(self, work: Callable[[], Awaitable[None]]) -> bool:
+    async def finish(self, work: Callable[[], Awaitable[object]]) -> bool:
+        """Whether `work` came to its end before the store did."""
         done = trio.Event()
 
         async def finish() -> None:
@@ -389,7 +392,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(
         fate=st.sampled_from(Fate),
-        edges=st.sampled_from(((), (Edge.APPEND,), (Edge.SYNC, Edge.COMMIT), (Edge.PUNCH,), (Edge.TRUNCATE,))),
+        edges=st.sampled_from(
+            ((), (Edge.APPEND,), (Edge.SYNC, Edge.COMMIT), (Edge.PUNCH, Edge.REMOVE), (Edge.TRUNCATE,))
+        ),
         after=st.integers(0, 6),
         times=st.integers(1, 2),
     )
@@ -440,33 +445,74 @@ class StoreMachine(RuleBasedStateMachine):
                     kept.discard(page)
                     durable.discard(page)
 
-    @rule(data=st.data(), punch=st.booleans())
-    def drop(self, data: st.DataObject, punch: bool) -> None:
+    @rule(data=st.data(), meanwhile=st.booleans())
+    def evict(self, data: st.DataObject, meanwhile: bool) -> None:
+        """Spans go; while others land, and the same ones again."""
+        spans = [self.draw_span(data) for _ in range(data.draw(st.integers(1, 4)))]
+        batch = [self.draw_landing(data, whole=data.draw(st.booleans())) for _ in range(2)] if meanwhile else []
+
+        async def evict() -> None:
+            life = self.life
+            assert life is not None
+            async with trio.open_nursery() as nursery:
+                for landing in batch:
+                    nursery.start_soon(self.land_one, life, *landing)
+                named = [(self.views[view].number, SpanNo(span)) for view, span in spans]
+                nursery.start_soon(life.finish, partial(life.store.evict, named))
+            self.forget(spans)
+
+        self.forget(spans)
+        self.loop.call(evict)
+        if not batch and not self.life_ended and not self.edges.commit_failed:
+            self.loop.call(self.read_evicted, spans)
+        self.settle()
+
+    @property
+    def life_ended(self) -> bool:
+        return self.life is None or self.life.ended.is_set()
+
+    def draw_span(self, data: st.DataObject) -> tuple[int, int]:
         view = data.draw(st.integers(0, len(self.contents) - 1))
-        if not self.contents[view]:
-            return
-        span = data.draw(st.integers(0, (len(self.contents[view]) - 1) // SPAN))
-        self.close()
+        return view, data.draw(st.integers(0, max(0, len(self.contents[view]) - 1) // SPAN))
+
+    def forget(self, spans: list[tuple[int, int]]) -> None:
+        """They may be there or not from now on."""
+        for view, span in spans:
+            gone = range(span * SPAN // PAGE, (span + 1) * SPAN // PAGE)
+            self.kept[view].difference_update(gone)
+            self.durable[view].difference_update(gone)
+
+    async def read_evicted(self, spans: list[tuple[int, int]]) -> None:
+        for view, span in spans:
+            if len(self.contents[view]) > span * SPAN:
+                assert await read(self.views[view], span * SPAN, 1) is None
+
+    @rule()
+    def compact(self) -> None:
+        """Every chunk moves to a new place, and what is empty then is removed."""
+        self.leaks = True  # What is not removed for some failure has bytes that no chunk names.
+
+        async def compact() -> None:
+            life = self.life
+            assert life is not None
+            chunks = [f.split_chunk_key(key) for key, _ in life.store.items(f.Table.CHUNKS)]
+            sources = frozenset(life.store.segments.files)
+            await life.finish(partial(life.store.move, chunks, sources))
+            if not life.ended.is_set():
+                await life.finish(life.store.remove_lifeless)
+
+        self.flush()
+        self.loop.call(compact)
+        self.settle()
+
+    @rule()
+    def mend(self) -> None:
+        """Of what is not rotten nothing goes."""
+        spans = [(view.number, SpanNo(span)) for view in self.views for span in range(view.spans)]
         life = self.life
         assert life is not None
-
-        async def end() -> None:
-            life.store.writer.stop()
-            await life.ended.wait()
-
-        number = self.views[view].number
-        self.loop.call(end)
-        life.store.close()
-        stores.drop_span(self.folder, number, SpanNo(span), punch=punch)
-        self.verify()
-        gone = range(span * SPAN // PAGE, (span + 1) * SPAN // PAGE)
-        self.kept[view].difference_update(gone)
-        self.durable[view].difference_update(gone)
-        self.open()
-        self.loop.call(self.read_dropped, view, span * SPAN)
-
-    async def read_dropped(self, view: int, offset: int) -> None:
-        assert await read(self.views[view], offset, 1) is None
+        self.loop.call(life.finish, partial(life.store.mend, spans))
+        self.settle()
 
     # ── always ──
 

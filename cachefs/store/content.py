@@ -12,9 +12,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,28 @@ from cachefs.errors import Absent, RecordCorrupt, StoreError
 from cachefs.plan.extents import PAGE, Extent, ceil, pieces
 from cachefs.store import format as f
 from cachefs.store.format import OriginMode, SpanNo, Table, ViewKind, ViewNo, ViewRecord
-from cachefs.store.index import MAP_SIZE_FIRST, Index
+from cachefs.store.index import MAP_SIZE_FIRST, Index, Snapshot
 from cachefs.store.landing import Landed, Lander
 from cachefs.store.ledger import Ledger
-from cachefs.store.recipe import ABSENT, HOLE, Run, SpanMap, absent_recipe
+from cachefs.store.recipe import ABSENT, HOLE, Run, SpanMap, absent_recipe, places, unverified
 from cachefs.store.recover import Opened, open_store
-from cachefs.store.segments import RWF_NOWAIT, Segments
-from cachefs.store.writer import Doubt, Land, SetImage, SetView, Writer
+from cachefs.store.segments import RWF_NOWAIT
+from cachefs.store.verified import Verified
+from cachefs.store.writer import (
+    Doubt,
+    Drop,
+    DropView,
+    Land,
+    Mend,
+    Move,
+    Put,
+    Quarantine,
+    Remove,
+    Reply,
+    SetImage,
+    SetView,
+    Writer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +57,7 @@ READ_MAX = 4 << 20
 # About 1 KiB each: the maps of 64 GiB of views, in 16 MiB.
 MAPS_MAX = 16384
 DISK_READS_MAX = 64
+_KEYS_AT_ONCE = 4096
 
 _ZEROS = memoryview(bytes(READ_MAX))
 preadv = os.preadv
@@ -47,29 +65,49 @@ preadv = os.preadv
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How large the store may grow, in bytes: `max_size` of segments, `min_free` left on the filesystem."""
+    """How large the store may grow, in bytes: `max_size` of segments and index, `min_free` left on the
+    filesystem."""
 
     max_size: int
     min_free: int
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """In bytes: what the store occupies by the filesystem's own count (`used`, with what is removed and not back
+    yet), what the filesystem has left (`free`), and the limits."""
+
+    used: int
+    free: int
+    max_size: int
+    min_free: int
+
+    @property
+    def limit(self) -> int:
+        """What the store may hold, as full as the filesystem is now."""
+        return max(0, min(self.max_size, self.used + self.free - self.min_free))
+
+    @property
+    def left(self) -> int:
+        """What may be added; negative where the limit is passed."""
+        return min(self.max_size - self.used, self.free - self.min_free)
+
+
 class Room:
-    """Whether bytes may be added: judged by real blocks and `statvfs`, asked anew for every 64 MiB."""
+    """Whether bytes may be added: judged by real blocks and `statvfs`, asked anew for every 64 MiB, and more often
+    where little is left."""
 
     _ASK_EVERY = 64 << 20
 
-    def __init__(self, segments: Segments, limits: Callable[[], Limits]) -> None:
-        self._segments, self._limits = segments, limits
+    def __init__(self, usage: Callable[[], Usage]) -> None:
+        self._usage = usage
         self._left = self._unasked = 0
 
     def __call__(self, wanted: int) -> bool:
         """Takes `wanted` bytes of what is left; False, and nothing taken, when that is too much."""
         if wanted > min(self._left, self._unasked):
-            limits = self._limits()
-            self._left = min(
-                limits.max_size - self._segments.blocks_bytes(), self._segments.free_bytes() - limits.min_free
-            )
-            self._unasked = max(self._ASK_EVERY, wanted)
+            self._left = self._usage().left
+            self._unasked = max(min(self._ASK_EVERY, self._left // 8), wanted)
         if wanted > self._left:
             return False
         self._left -= wanted
@@ -104,6 +142,16 @@ class StoredView:
     def complete(self) -> bool:
         return self.record.cached >= self.record.size
 
+    @property
+    def spans(self) -> int:
+        """How many spans it has."""
+        return (self.record.size + self._mask) >> self._shift
+
+    @property
+    def maps(self) -> Mapping[int, SpanMap]:
+        """The maps that are in memory, by span."""
+        return self._maps
+
     # ── the way of a hit ──
 
     def read_now(self, offset: int, length: int) -> memoryview | None:
@@ -113,6 +161,7 @@ class StoredView:
         span_map = self._maps.get(offset >> self._shift)
         if span_map is None:
             return None
+        span_map.used = True
         within = offset & self._mask
         starts = span_map.starts
         i = bisect_right(starts, within) - 1
@@ -138,6 +187,7 @@ class StoredView:
             span_map = self._maps.get(part.start >> self._shift)
             if span_map is None:
                 return None
+            span_map.used = True
             for segment, source, n in span_map.locate(part.start & self._mask, part.length):
                 piece = self._buffer[at : at + n]
                 if segment > 0:
@@ -157,19 +207,21 @@ class StoredView:
     # ── the other ways ──
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
-        """The bytes, from the disk if need be: one thread hop. Raises Absent when one of them is not there."""
+        """The bytes, from the disk if need be: one thread hop. Chunks that were not verified since the start are
+        read whole and compared with their digests first. Raises Absent when a byte is not there, or not right."""
         whole = Extent(offset, offset + length)
         while True:
             await self.load(whole)
             runs = self._runs(whole)
-            out = bytearray(length)
-            failed = await trio.to_thread.run_sync(self._read_in_thread, runs, out, limiter=self._store.disk_reads)
+            reading = _DiskRead(self._store, self.number, self._shift, whole, runs)
+            await trio.to_thread.run_sync(reading.run, limiter=self._store.disk_reads)
             # What was read may have been replaced and punched meanwhile: believe it only if it still stands.
             await self.load(whole)
-            if self._runs(whole) == runs:
-                if failed is None:
-                    return out
-                raise Absent(self.number, offset + failed)
+            if places(self._runs(whole)) == places(runs):
+                self._note_verified(reading.verified)
+                if reading.failed_at is None:
+                    return reading.out
+                raise Absent(self.number, reading.failed_at)
 
     def _runs(self, whole: Extent) -> list[Run]:
         return [
@@ -178,20 +230,10 @@ class StoredView:
             for run in self._maps[part.start >> self._shift].locate(part.start & self._mask, part.length)
         ]
 
-    def _read_in_thread(self, runs: list[Run], out: bytearray) -> int | None:
-        """Fills `out`; returns how far it came when that is not the end."""
-        view = memoryview(out)
-        at = 0
-        for segment, source, n in runs:
-            if segment == ABSENT:
-                return at
-            if segment != HOLE:
-                got = self._store.segments.read_into(f.SegmentNo(segment), source, view[at : at + n])
-                if got < n:
-                    self._store.read_errors += 1
-                    return at + got
-            at += n
-        return None
+    def _note_verified(self, verified: Mapping[SpanNo, list[Extent]]) -> None:
+        for span, extents in verified.items():
+            self._maps[span] = self._maps[span].with_verified(extents)
+            self._maps[span].used = True
 
     async def doubt(self, offset: int) -> None:
         """The byte at `offset` should be here and could not be read: its chunk is looked at, and quarantined
@@ -266,14 +308,99 @@ class StoredView:
         self._loading.clear()
         self._maps.clear()
 
-    def forget_map(self, span: int) -> None:
-        self._maps.pop(span, None)
+    def forget_maps_of(self, segments: Set[int]) -> None:
+        self._loading.clear()
+        for span in [n for n, m in self._maps.items() if not segments.isdisjoint(m.segments)]:
+            del self._maps[span]
+
+    def forget_map(self, span: int) -> SpanMap | None:
+        return self._maps.pop(span, None)
+
+
+class _DiskRead:
+    """One read in a thread. `out` is filled up to `failed_at` (an offset of the view), or whole; `verified` are
+    the chunks that were found to have their digests, as extents of their spans."""
+
+    def __init__(self, store: Store, view: ViewNo, shift: int, whole: Extent, runs: list[Run]) -> None:
+        self._store, self._view, self._shift, self._whole, self._runs = store, view, shift, whole, runs
+        self.out = bytearray(whole.length)
+        self.failed_at: int | None = None
+        self.verified: dict[SpanNo, list[Extent]] = {}
+        self._unsynced: set[f.SegmentNo] = set()
+
+    def run(self) -> None:
+        buffer = memoryview(self.out)
+        at = self._whole.start
+        # Some filesystems drop pages that they could not write; before the sync that says so they read as zeros.
+        self._unsynced = self._store.writer.ledger.uncommitted_segments()
+        for segment, source, n in self._runs:
+            part = buffer[at - self._whole.start : at - self._whole.start + n]
+            if segment == ABSENT:
+                got = 0
+            elif segment == HOLE:
+                got = n
+            elif segment > HOLE and segment not in self._unsynced:
+                got = self._store.segments.read_into(f.SegmentNo(segment), source, part)
+            else:
+                got = self._verify(at, part)
+            if got < n:
+                self._store.read_errors += segment != ABSENT
+                self.failed_at = at + got
+                return
+            at += n
+
+    def _verify(self, at: int, out: memoryview) -> int:
+        """Fills `out` from offset `at` of the view, all in one span, with bytes of chunks that have their digests;
+        returns how many bytes that were."""
+        span = SpanNo(at >> self._shift)
+        wanted = Extent(at - (span << self._shift), at - (span << self._shift) + len(out))
+        ledger = self._store.writer.ledger
+        page = got = 0
+        for entry in ledger.recipe(self._view, span) or ():
+            extent = Extent(page * PAGE, (page + entry.pages) * PAGE)
+            page += entry.pages
+            if not extent.meets(wanted):
+                continue
+            chunk = ledger.chunk(entry.chunk) if entry.kind is f.Kind.CHUNK else None
+            if chunk is None or chunk.rotten:
+                break  # It was a chunk when the map was made: whoever compares will look again.
+            part = extent.clamp(wanted)
+            into = out[part.start - wanted.start : part.end - wanted.start]
+            if entry.chunk in self._store.verified:
+                source = chunk.offset + part.start - extent.start
+                got += self._store.segments.read_into(chunk.segment, source, into)
+            else:
+                stored = memoryview(bytearray(chunk.length))
+                full = self._store.segments.read_into(chunk.segment, chunk.offset, stored) == chunk.length
+                if not full or f.digest_of(stored) != chunk.digest:
+                    break
+                if chunk.segment not in self._unsynced:
+                    self._store.verified.add((entry.chunk,))
+                self.verified.setdefault(span, []).append(extent)
+                into[:] = stored[part.start - extent.start : part.end - extent.start]
+                got += len(into)
+            if got < part.end - wanted.start:
+                break
+        return got
 
 
 class Store:
     """An open store. `run` is the writer's task; `close` after it has returned. All on one trio loop."""
 
-    def __init__(self, opened: Opened, limits: Callable[[], Limits], commit_interval_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        limits: Callable[[], Limits],
+        commit_interval_s: float = 1.0,
+        *,
+        verify_first_read: bool = True,
+    ) -> None:
+        self._limits = limits
+        self.verified = Verified(everything=not verify_first_read)
+        # Set by whoever makes room, and whoever mends: see `Evictor` and `Scrubber`.
+        self.on_full: Callable[[int], None] | None = None
+        self.on_rot: Callable[[Sequence[f.ChunkId]], None] = lambda chunks: None
+        self.used_and_forgotten: deque[tuple[ViewNo, int]] = deque(maxlen=MAPS_MAX)  # Spans whose maps went.
         self._opened = opened
         self.path = opened.folder
         self.span_size = opened.record.span_size
@@ -288,10 +415,10 @@ class Store:
         self._next_view = opened.counters.view
         self._next_image = opened.counters.image
         self.read_errors = 0
-        room = Room(opened.segments, limits)
+        room = Room(self.usage)
 
         def lander(ledger: Ledger) -> Lander:
-            made = Lander(ledger, opened.segments, self.span_size, room)
+            made = Lander(ledger, opened.segments, self.span_size, room, self.verified)
             made.continue_segment(opened.append_to)
             opened.append_to = None  # After a failed commit appends begin in a new segment.
             return made
@@ -317,9 +444,12 @@ class Store:
         span_size: int | None = None,
         commit_interval_s: float = 1.0,
         map_size: int = MAP_SIZE_FIRST,
+        *,
+        verify_first_read: bool = True,
     ) -> Store:
         """Opens or makes the store in `folder`, recovering what a crash left. Raises StoreUnusable."""
-        return cls(open_store(folder, span_size, map_size), limits, commit_interval_s)
+        opened = open_store(folder, span_size, map_size)
+        return cls(opened, limits, commit_interval_s, verify_first_read=verify_first_read)
 
     async def run(self) -> None:
         await self.writer.run()
@@ -375,6 +505,95 @@ class Store:
         span = SpanNo(offset // self.span_size)
         self.writer.submit(Land(view.number, span, offset - span * self.span_size, data, done))
 
+    # ── taking back ──
+
+    async def evict(self, spans: Sequence[tuple[ViewNo, SpanNo]]) -> int:
+        """These spans become absent, whatever holds them. Returns the bytes of segments that were freed, when
+        their space is back."""
+        reply = Reply(0)
+        self.writer.submit(Drop(spans, reply))
+        return await reply.wait()
+
+    async def mend(self, spans: Sequence[tuple[ViewNo, SpanNo]]) -> int:
+        """What of these spans is in chunks that are missing or rotten becomes absent. Returns how many changed."""
+        reply = Reply(0)
+        self.writer.submit(Mend(spans, reply))
+        return await reply.wait()
+
+    async def quarantine(self, chunks: Sequence[f.ChunkId]) -> list[f.ChunkId]:
+        """Looks at these chunks again; returns those that are rotten, which nobody will read again."""
+        reply: Reply[list[f.ChunkId]] = Reply([])
+        self.writer.submit(Quarantine(chunks, reply))
+        return await reply.wait()
+
+    async def move(self, chunks: Sequence[f.ChunkId], sources: frozenset[f.SegmentNo]) -> int:
+        """Writes those of the chunks that lie in `sources` once more, to where is appended now. Returns bytes."""
+        reply = Reply(0)
+        self.writer.submit(Move(chunks, sources, reply))
+        return await reply.wait()
+
+    async def remove_lifeless(self) -> int:
+        """Removes the segments in which no chunk lies. Returns how many."""
+        segments = self.writer.lander.lifeless()
+        if not segments:
+            return 0
+        await self._forget_segments(frozenset(segments))
+        reply = Reply(0)
+        self.writer.submit(Remove(segments, reply))
+        return await reply.wait()
+
+    async def _forget_segments(self, segments: frozenset[f.SegmentNo]) -> None:
+        """No map names any of these segments afterwards: chunks that were moved may have left some behind. New
+        maps come from the ledger, which names them no more."""
+        names = segments | {unverified(segment) for segment in segments}
+        for view in list(self._views.values()):
+            view.forget_maps_of(names)
+            await trio.lowlevel.checkpoint()
+
+    def forget_view(self, view: ViewNo) -> None:
+        """Forgets an ended view of which nothing is cached, and that nobody has open."""
+        found = self._views.get(view)
+        if found is not None and found.record.kind is ViewKind.ENDED and not found.cached:
+            del self._views[view]
+            self.writer.submit(DropView(view))
+
+    def no_room(self) -> None:
+        """The answer to `on_full` when nothing can be evicted."""
+        self.writer.no_room()
+
+    def usage(self) -> Usage:
+        """For a thread: asks the filesystem about every segment."""
+        limits = self._limits()
+        used = self.segments.blocks_bytes() + self._index.blocks_bytes()
+        return Usage(used, self.segments.free_bytes(), limits.max_size, limits.min_free)
+
+    # ── records that nothing refers to ──
+
+    def put(self, table: Table, key: bytes, record: bytes | None) -> None:
+        """Goes with the next commit; None removes it."""
+        self.writer.submit(Put(table, key, record))
+
+    def get(self, table: Table, key: bytes) -> bytes | None:
+        """What is committed; for a thread."""
+        with self._index.reading() as snapshot:
+            return snapshot.get(table, key)
+
+    def items(self, table: Table, prefix: bytes = b"") -> list[tuple[bytes, bytes]]:
+        """What is committed, all at once; for a thread."""
+        with self._index.reading() as snapshot:
+            return list(snapshot.items(table, prefix))
+
+    def resident(self) -> Iterator[tuple[ViewNo, SpanNo]]:
+        """The spans of which something is here, in order; for a thread. Each few thousand are of one moment."""
+        key = b""
+        while True:
+            with self._index.reading() as snapshot:
+                keys = snapshot.keys(Table.SPANS, key, _KEYS_AT_ONCE)
+            yield from map(f.split_span_key, keys)
+            if not keys:
+                return
+            key = keys[-1]
+
     # ── images ──
 
     def put_image(self, image: str, fields: dict[str, Any]) -> None:
@@ -417,14 +636,16 @@ class Store:
             recipe = ledger.recipe(view, span)
             if recipe is None:
                 recipe = absent_recipe(self.span_pages(size, span * self.span_size))
-            maps[span] = SpanMap.of(recipe, ledger.chunk)
+            maps[span] = SpanMap.of(recipe, ledger.chunk, self.verified.__contains__)
         return maps
 
     def count_map(self, view: StoredView, span: int) -> None:
         self._maps_known.append((view, span))
         if len(self._maps_known) > MAPS_MAX:
             old, old_span = self._maps_known.popleft()
-            old.forget_map(old_span)
+            span_map = old.forget_map(old_span)
+            if span_map is not None and span_map.used:
+                self.used_and_forgotten.append((old.number, old_span))
 
     def note_read_error(self, error: OSError) -> None:
         """EAGAIN only says that the page is not cached; the rest is counted, and the slow way tries again."""
@@ -437,12 +658,25 @@ class Store:
         for span in landed:
             self._views[span.view].publish(span)
 
-    def went_back(self, views: Mapping[ViewNo, ViewRecord]) -> None:
-        self.rot_found()
-        for number, record in views.items():
-            self._views[number].record = record
+    def committed(self, chunks: Iterable[f.ChunkId]) -> None:
+        self.verified.add(chunks)
 
-    def rot_found(self) -> None:
+    def went_back(self, views: Mapping[ViewNo, ViewRecord]) -> None:
+        self._forget_maps()
+        for number, record in views.items():
+            if number in self._views:
+                self._views[number].record = record
+
+    def full(self, wanted: int) -> bool:
+        if self.on_full is not None:
+            self.on_full(wanted)
+        return self.on_full is not None
+
+    def rot_found(self, chunks: Sequence[f.ChunkId]) -> None:
+        self._forget_maps()
+        self.on_rot(chunks)
+
+    def _forget_maps(self) -> None:
         for view in self._views.values():
             view.forget_maps()
         self._maps_known.clear()
@@ -496,14 +730,33 @@ class Store:
 
 
 class _Committed:
-    """The index as the ledger sees it: one short snapshot a look-up. What cannot be decoded is not there: it
-    will be fetched again."""
+    """The index as the ledger sees it: one short snapshot a look-up, or one for all look-ups of a batch. What
+    cannot be decoded is not there: it will be fetched again."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
+        self._batch = threading.local()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        with self._index.reading() as snapshot:
+            self._batch.snapshot = snapshot
+            try:
+                yield
+            finally:
+                self._batch.snapshot = None
+
+    @contextmanager
+    def _reading(self) -> Iterator[Snapshot]:
+        snapshot: Snapshot | None = getattr(self._batch, "snapshot", None)
+        if snapshot is not None:
+            yield snapshot
+            return
+        with self._index.reading() as own:
+            yield own
 
     def recipe(self, view: ViewNo, span: SpanNo) -> f.Recipe | None:
-        with self._index.reading() as snapshot:
+        with self._reading() as snapshot:
             try:
                 return snapshot.recipe(view, span)
             except RecordCorrupt as error:
@@ -511,7 +764,7 @@ class _Committed:
                 return None
 
     def chunk(self, chunk: f.ChunkId) -> f.Chunk | None:
-        with self._index.reading() as snapshot:
+        with self._reading() as snapshot:
             try:
                 return snapshot.chunk(chunk)
             except RecordCorrupt as error:
@@ -519,5 +772,5 @@ class _Committed:
                 return None
 
     def candidates(self, digest: bytes, most: int) -> list[f.ChunkId]:
-        with self._index.reading() as snapshot:
+        with self._reading() as snapshot:
             return snapshot.candidates(digest, most)

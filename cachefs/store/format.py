@@ -320,7 +320,7 @@ def split_chunk_key(key: bytes) -> ChunkId:
     return ChunkId(_CHUNK_KEY.unpack(key)[0])
 
 
-def digest_of(data: memoryview | bytes) -> bytes:
+def digest_of(data: memoryview | bytes | bytearray) -> bytes:
     """Finds candidates for sharing and detects rot; proves nothing (design §5): 16 bytes."""
     return xxh3_128_digest(data)
 

@@ -10,20 +10,45 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import lmdb
 
-from cachefs.errors import StoreUnusable
+from cachefs.errors import StoreUnreadable, StoreUnusable
 from cachefs.store import format as f
 from cachefs.store.format import Chunk, ChunkId, Recipe, SpanNo, Table, ViewNo
 
 MAP_SIZE_FIRST = 256 << 20  # Address space, not disk: LMDB grows its file as it fills it.
 _READERS_MAX = 512
+
+# What LMDB says of a file that is not, or not any more, what it wrote. All else is trouble with the disk, with
+# memory or with permissions, and passes.
+_UNREADABLE = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.InvalidError,
+    lmdb.VersionMismatchError,
+    lmdb.IncompatibleError,
+    lmdb.PageFullError,
+    lmdb.CursorFullError,
+    lmdb.BadValsizeError,
+    lmdb.BadTxnError,
+)
+
+
+@contextmanager
+def index_faults(path: Path) -> Iterator[None]:
+    """Raises what LMDB raises inside as StoreUnreadable, when it says that the file is no index any more, and as
+    StoreUnusable otherwise."""
+    try:
+        yield
+    except lmdb.Error as error:
+        kind = StoreUnreadable if isinstance(error, _UNREADABLE) else StoreUnusable
+        raise kind(str(path), f"the index cannot be opened: {error}") from error
 
 
 _MADV_DONTNEED = 4
@@ -50,12 +75,13 @@ class WriteSet:
     puts: dict[Table, dict[bytes, bytes | None]] = field(default_factory=dict)
     digests_added: list[tuple[bytes, ChunkId]] = field(default_factory=list)
     digests_removed: list[tuple[bytes, ChunkId]] = field(default_factory=list)
+    prefixes_removed: list[tuple[Table, bytes]] = field(default_factory=list)  # All records whose keys begin so.
 
     def put(self, table: Table, key: bytes, record: bytes | None) -> None:
         self.puts.setdefault(table, {})[key] = record
 
     def __bool__(self) -> bool:
-        return bool(self.puts or self.digests_added or self.digests_removed)
+        return bool(self.puts or self.digests_added or self.digests_removed or self.prefixes_removed)
 
 
 class Snapshot:
@@ -65,6 +91,8 @@ class Snapshot:
         self._txn, self._tables = txn, tables
 
     def get(self, table: Table, key: bytes) -> bytes | None:
+        if table not in self._tables or not key:
+            return None
         record = self._txn.get(key, db=self._tables[table])
         assert not isinstance(record, memoryview), "transactions here copy what they return"
         return record
@@ -88,6 +116,8 @@ class Snapshot:
 
     def items(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Every (key, record) of `table` in the order of the keys, those that begin with `prefix`."""
+        if table not in self._tables:
+            return
         cursor = self._txn.cursor(self._tables[table])
         if not (cursor.set_range(prefix) if prefix else cursor.first()):
             return
@@ -95,6 +125,13 @@ class Snapshot:
             if not bytes(key).startswith(prefix):
                 return
             yield bytes(key), bytes(value)
+
+    def keys(self, table: Table, after: bytes, most: int) -> list[bytes]:
+        """At most `most` keys of `table`, in order, that come after the key `after`."""
+        cursor = self._txn.cursor(self._tables[table])
+        if not cursor.set_range(after + b"\0"):
+            return []
+        return [bytes(key) for key in islice(cursor.iternext(keys=True, values=False), most)]
 
 
 class Index:
@@ -107,10 +144,8 @@ class Index:
         self._gate = threading.Condition()
         self._readers = 0
         self._closed = False
-        try:
+        with index_faults(path):
             self._open(map_size, read_only)
-        except lmdb.Error as error:
-            raise StoreUnusable(str(path), f"the index cannot be opened: {error}") from error
 
     def _open(self, map_size: int, read_only: bool = False) -> None:
         self._env = lmdb.open(
@@ -127,15 +162,20 @@ class Index:
         )
         if not read_only:
             self._env.reader_check()
-        self._tables = {
-            table: self._env.open_db(
-                table.name.lower().encode(),
-                dupsort=table is Table.DIGESTS,
-                dupfixed=table is Table.DIGESTS,
-                create=not read_only,
-            )
-            for table in Table
-        }
+        self._tables: dict[Table, lmdb._Database] = {}
+        try:
+            for table in Table:
+                # What is only looked at may lack a table: an older cachefs made it, and there is nothing in it.
+                with suppress(*(lmdb.NotFoundError,) * read_only):
+                    self._tables[table] = self._env.open_db(
+                        table.name.lower().encode(),
+                        dupsort=table is Table.DIGESTS,
+                        dupfixed=table is Table.DIGESTS,
+                        create=not read_only,
+                    )
+        except BaseException:
+            self._env.close()
+            raise
 
     @contextmanager
     def reading(self) -> Iterator[Snapshot]:
@@ -153,12 +193,35 @@ class Index:
                 if self._closed:
                     self._gate.notify_all()
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for all readers to be gone: a long one gives up now, and begins again."""
+        return self._closed
+
     def commit(self, writes: WriteSet) -> None:
         """Makes `writes` durable, all or nothing. Raises OSError when the disk does not take them."""
         while True:
             try:
                 with self._env.begin(write=True) as txn:
                     self._apply(txn, writes)
+                return
+            except lmdb.MapFullError:
+                self._grow()
+            except lmdb.Error as error:
+                self._open_again_if_given_up()
+                raise OSError(f"the index could not be written: {error}") from error
+
+    def rewrite(self, changes: Callable[[Snapshot], Iterable[WriteSet]], cleared: Iterable[Table] = ()) -> None:
+        """Makes all that `changes` yields durable in one transaction of any size: no set is kept once it was
+        yielded. `changes` reads the state before, and is asked again when the map has to grow. The `cleared`
+        tables are emptied first. Raises OSError when the disk does not take it, and nothing is changed then."""
+        while True:
+            try:
+                with self.reading() as snapshot, self._env.begin(write=True) as txn:
+                    for table in cleared:
+                        txn.drop(self._tables[table], delete=False)
+                    for writes in changes(snapshot):
+                        self._apply(txn, writes)
                 return
             except lmdb.MapFullError:
                 self._grow()
@@ -175,6 +238,10 @@ class Index:
                     txn.delete(key, db=db)
                 else:
                     txn.put(key, record, db=db)
+        for table, prefix in writes.prefixes_removed:
+            cursor = txn.cursor(self._tables[table])
+            while cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix):
+                cursor.delete()
         digests = self._tables[Table.DIGESTS]
         for digest, chunk in writes.digests_removed:
             txn.delete(digest, f.chunk_key(chunk), db=digests)
@@ -225,6 +292,10 @@ class Index:
         start, length = self._trimmed_at
         if length:
             _libc.madvise(start, length, _MADV_DONTNEED)
+
+    def blocks_bytes(self) -> int:
+        """What the index occupies on its filesystem."""
+        return (self.path / "data.mdb").stat().st_blocks * 512
 
     @property
     def map_size(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,16 +36,19 @@ from cachefs.store.recipe import (
     SpanMap,
     absent_recipe,
     absent_runs,
+    pages_of,
     present_bytes,
     replaced,
 )
 from cachefs.store.segments import Segments
+from cachefs.store.verified import Verified
 
 log = logging.getLogger(__name__)
 
 
 class Landed(NamedTuple):
-    """A span as it is now. `cached` is how many bytes of the whole view are present."""
+    """A span as it is now, whether it gained bytes or lost them. `cached` is how many bytes of the whole view
+    are present."""
 
     view: ViewNo
     span: SpanNo
@@ -64,14 +67,22 @@ class _Plan:
 class Lander:
     """Lands bytes, one span at a time. `room(n)` says whether n bytes may be added."""
 
-    def __init__(self, ledger: Ledger, segments: Segments, span_size: int, room: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        segments: Segments,
+        span_size: int,
+        room: Callable[[int], bool],
+        verified: Verified,
+    ) -> None:
         self._ledger, self._segments, self._span_size = ledger, segments, span_size
-        self._room = room
+        self._room, self._verified = room, verified
         self._segment: SegmentNo | None = None  # The one that is appended to.
         # Counted since the start, for `status`: bytes appended; landed and not appended, as they were there or
         # were zeros.
         self.bytes_landed = self.bytes_shared = self.bytes_zero = 0
         self.rotten_found = 0
+        self.newly_rotten: list[ChunkId] = []  # Since somebody last took them.
 
     def continue_segment(self, segment: SegmentNo | None) -> None:
         """Appends go to `segment` next; to a new one when None."""
@@ -100,7 +111,7 @@ class Lander:
                 begin, entries = self._widen(old, begin, end, entries)
                 recipe = replaced(recipe, begin, sum(e.pages for e in entries), entries)
         if recipe == old:
-            return Landed(view, span, SpanMap.of(old, self._ledger.chunk), self._ledger.views[view].cached)
+            return self._landed(view, span, old, {})
         in_pieces = count < pages or old != absent_recipe(pages)
         if in_pieces and self._is_whole(recipe, plan):
             whole = self._assemble(recipe, plan)
@@ -113,7 +124,12 @@ class Lander:
         live = self._ledger.set_recipe(view, span, recipe, new, change)
         self.bytes_zero += zero
         self.bytes_shared += filled - zero - live
-        return Landed(view, span, SpanMap.of(recipe, self._ledger.chunk), self._ledger.views[view].cached)
+        return self._landed(view, span, recipe, new)
+
+    def _landed(self, view: ViewNo, span: SpanNo, recipe: Recipe, new: Mapping[ChunkId, Chunk]) -> Landed:
+        """What was just written is read at once: its pages are the ones that were hashed."""
+        span_map = SpanMap.of(recipe, self._ledger.chunk, lambda c: c in new or c in self._verified, used=True)
+        return Landed(view, span, span_map, self._ledger.views[view].cached)
 
     def _is_whole(self, recipe: Recipe, plan: _Plan) -> bool:
         return not any(absent_runs(recipe, lambda c: c in plan.new or self._ledger.usable(c)))
@@ -133,6 +149,57 @@ class Lander:
                     entries = [*entries, Entry(Kind.ABSENT, entry_end - end, NO_CHUNK)]
             page = entry_end
         return begin, entries
+
+    # ── taking back ──
+
+    def drop(self, view: ViewNo, span: SpanNo) -> tuple[Landed, int] | None:
+        """Everything of a span becomes absent. Also how many bytes of segments it frees; None where nothing is."""
+        old = self._ledger.recipe(view, span)
+        return None if old is None else self._become(view, span, old, absent_recipe(pages_of(old)))
+
+    def mend(self, view: ViewNo, span: SpanNo) -> tuple[Landed, int] | None:
+        """What of a span is in chunks that are missing or rotten becomes absent; None where nothing is."""
+        old = self._ledger.recipe(view, span)
+        if old is None:
+            return None
+        recipe = old
+        for first, pages in list(absent_runs(old, self._ledger.usable)):
+            recipe = replaced(recipe, first, pages, (Entry(Kind.ABSENT, pages, NO_CHUNK),))
+        return None if recipe == old else self._become(view, span, old, recipe)
+
+    def _become(self, view: ViewNo, span: SpanNo, old: Recipe, recipe: Recipe) -> tuple[Landed, int]:
+        size = self._ledger.views[view].size - span * self._span_size
+        change = present_bytes(recipe, size) - present_bytes(old, size)
+        freed = -self._ledger.set_recipe(view, span, recipe, {}, change)
+        span_map = SpanMap.of(recipe, self._ledger.chunk, self._verified.__contains__)
+        return Landed(view, span, span_map, self._ledger.views[view].cached), freed
+
+    def quarantine(self, chunk_id: ChunkId) -> bool:
+        """Looks at a chunk again; whether it is rotten."""
+        chunk = self._ledger.chunk(chunk_id)
+        return chunk is not None and (chunk.rotten or not self._check(chunk_id, chunk, self._read(chunk)))
+
+    # ── moving ──
+
+    def move(self, chunk_ids: Iterable[ChunkId], sources: Container[SegmentNo]) -> int:
+        """Writes those of the chunks that lie in one of `sources` once more, to where is appended now; where they
+        were they can be read until their segment is removed. Returns bytes. Raises StoreFull or OSError; what
+        was moved by then is moved."""
+        moved = 0
+        for chunk_id in chunk_ids:
+            chunk = self._ledger.chunk(chunk_id)
+            if chunk is None or chunk.rotten or chunk.segment not in sources or chunk.segment == self._segment:
+                continue
+            stored = self._read(chunk)
+            if self._check(chunk_id, chunk, stored):
+                segment, offset = self._append([memoryview(stored)])
+                self._ledger.move_chunk(chunk_id, segment, offset)
+                moved += chunk.length
+        return moved
+
+    def lifeless(self) -> list[SegmentNo]:
+        """The segments in which no chunk lies, and to which nothing will be appended."""
+        return [n for n, record in self._ledger.segments.items() if record.live == 0 and n != self._segment]
 
     def doubt(self, view: ViewNo, span: SpanNo, page: int) -> None:
         """Looks again at the chunk that holds `page` of a span, and quarantines it if it is rotten."""
@@ -173,6 +240,7 @@ class Lander:
     def _stored_is(self, chunk_id: ChunkId, chunk: Chunk, piece: memoryview) -> bool:
         stored = self._read(chunk)
         if stored == bytes(piece):  # memcmp; comparing a memoryview goes byte by byte.
+            self._verified.add((chunk_id,))
             return True
         self._check(chunk_id, chunk, stored)
         return False
@@ -188,6 +256,7 @@ class Lander:
         if len(stored) == chunk.length and digest_of(stored) == chunk.digest:
             return True
         self.rotten_found += 1
+        self.newly_rotten.append(chunk_id)
         log.error(
             "chunk %d (segment %d, offset %d, %d bytes) is rotten: quarantined, to be fetched again",
             chunk_id, chunk.segment, chunk.offset, chunk.length,
@@ -220,9 +289,20 @@ class Lander:
         """Appends what is new and still named by `recipe`; returns it with its place and its count."""
         named = Counter(e.chunk for e in recipe if e.kind is Kind.CHUNK and e.chunk in plan.new)
         parts = [plan.new[chunk_id][1] for chunk_id in named]
-        total = sum(len(part) for part in parts)
-        if not total:
+        if not parts:
             return {}
+        segment, offset = self._append(parts)
+        self.bytes_landed += sum(len(part) for part in parts)
+        placed = {}
+        for chunk_id, refs in named.items():
+            digest, part = plan.new[chunk_id]
+            placed[chunk_id] = Chunk(segment, offset // PAGE, len(part) // PAGE, digest, refs)
+            offset += len(part)
+        return placed
+
+    def _append(self, parts: Sequence[memoryview]) -> tuple[SegmentNo, int]:
+        """Writes `parts` side by side; returns where."""
+        total = sum(len(part) for part in parts)
         if not self._room(total):
             raise StoreFull(total)
         segment, offset = self._place(total)
@@ -233,13 +313,7 @@ class Lander:
             self._ledger.abandon_bytes(Punch(segment, offset, total))
             raise
         self._ledger.advance(segment, offset + total)
-        self.bytes_landed += total
-        placed = {}
-        for chunk_id, refs in named.items():
-            digest, part = plan.new[chunk_id]
-            placed[chunk_id] = Chunk(segment, offset // PAGE, len(part) // PAGE, digest, refs)
-            offset += len(part)
-        return placed
+        return segment, offset
 
     def _place(self, length: int) -> tuple[SegmentNo, int]:
         if self._segment is not None:
@@ -247,7 +321,7 @@ class Lander:
             if end + length <= SEGMENT_SIZE:
                 return self._segment, end
         # A number whose segment was lost in a failed commit is not given again.
-        segment = SegmentNo(max((*self._ledger.segments, *self._segments.files), default=0) + 1)
+        segment = SegmentNo(max((*self._ledger.segments, self._segments.last)) + 1)
         self._segments.open(segment, create=True)
         self._ledger.begin_segment(segment)
         self._segment = segment

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
-from cachefs.plan.extents import Extent, coalesce
+from cachefs.plan.extents import PAGE, Extent, coalesce
 from cachefs.store import format as f
 from cachefs.store.format import (
     Chunk,
@@ -47,19 +48,26 @@ class Committed(Protocol):
     def recipe(self, view: ViewNo, span: SpanNo) -> Recipe | None: ...
     def chunk(self, chunk: ChunkId) -> Chunk | None: ...
     def candidates(self, digest: bytes, most: int) -> list[ChunkId]: ...
+    def batch(self) -> AbstractContextManager[None]: ...
 
 
 @dataclass
 class Layer:
-    """Changes that are not committed. `chunks[id] is None`: freed. `appended`: segments to sync first."""
+    """Changes that are not committed. `recipes[span] is None`: dropped; `chunks[id] is None`: freed. `appended`:
+    segments to sync first; `removed`: those that are gone, with their notes."""
 
-    recipes: dict[tuple[ViewNo, SpanNo], Recipe] = field(default_factory=dict)
+    recipes: dict[tuple[ViewNo, SpanNo], Recipe | None] = field(default_factory=dict)
     chunks: dict[ChunkId, Chunk | None] = field(default_factory=dict)
     digests: dict[bytes, list[ChunkId]] = field(default_factory=dict)  # Of chunks first seen in this layer.
     freed: dict[ChunkId, Chunk] = field(default_factory=dict)
     segments: set[SegmentNo] = field(default_factory=set)
-    views: dict[ViewNo, ViewRecord] = field(default_factory=dict)
+    views: dict[ViewNo, ViewRecord | None] = field(default_factory=dict)
     images: dict[bytes, bytes | None] = field(default_factory=dict)
+    others: dict[tuple[Table, bytes], bytes | None] = field(
+        default_factory=dict
+    )  # Records that nothing refers to.
+    removed: set[SegmentNo] = field(default_factory=set)
+    prefixes_removed: list[tuple[Table, bytes]] = field(default_factory=list)
     punches: list[Punch] = field(default_factory=list)
     punched: list[Punch] = field(default_factory=list)
     appended: set[SegmentNo] = field(default_factory=set)
@@ -67,7 +75,10 @@ class Layer:
     bytes_appended: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.recipes or self.chunks or self.segments or self.views or self.images or self.punched)
+        return bool(
+            self.recipes or self.chunks or self.segments or self.views or self.images or self.punched
+            or self.others or self.removed
+        )  # fmt: skip
 
 
 class Ledger:
@@ -93,6 +104,11 @@ class Ledger:
         return self._layers[0]
 
     # ── look-ups ──
+
+    def batch(self) -> AbstractContextManager[None]:
+        """For many look-ups by one thread: they see one committed state, so what is sealed meanwhile must stay
+        among the layers until the `with` ends."""
+        return self._committed.batch()
 
     def recipe(self, view: ViewNo, span: SpanNo) -> Recipe | None:
         for layer in self._layers:
@@ -134,11 +150,22 @@ class Ledger:
         if view >= self.counters.view:
             self.counters = self.counters._replace(view=view + 1)
 
+    def drop_view(self, view: ViewNo) -> None:
+        """Forgets a view of which nothing is cached."""
+        assert self.views[view].cached == 0, "its spans would be nobody's"
+        del self.views[view]
+        self.open.views[view] = None
+        self.open.prefixes_removed.append((Table.USES, f.view_key(view)))
+
     def set_image(self, key: bytes, record: bytes | None, number: int = 0) -> None:
         """Keeps what is known of an image; `number` is the one that it was given, if it was."""
         self.open.images[key] = record
         if number >= self.counters.image:
             self.counters = self.counters._replace(image=number + 1)
+
+    def put(self, table: Table, key: bytes, record: bytes | None) -> None:
+        """A record that nothing else refers to: uses, leases, how far the scrubber is."""
+        self.open.others[table, key] = record
 
     def begin_segment(self, segment: SegmentNo) -> None:
         self.segments[segment] = SegmentRecord()
@@ -152,6 +179,26 @@ class Ledger:
         self.segments[segment] = record._replace(end=end)
         self.open.segments.add(segment)
         self.open.appended.add(segment)
+
+    def remove_segment(self, segment: SegmentNo) -> None:
+        """No chunk lies in the segment: its record goes, with all notes, and after that its file."""
+        assert self.segments[segment].live == 0, "chunks lie in it"
+        del self.segments[segment]
+        self.open.segments.discard(segment)
+        self.open.appended.discard(segment)
+        self.open.punches = [punch for punch in self.open.punches if punch.segment != segment]
+        self.open.removed.add(segment)
+
+    def move_chunk(self, chunk_id: ChunkId, segment: SegmentNo, offset: int) -> None:
+        """The chunk's bytes were written once more, at `offset` of `segment`: that is its place now. Where they
+        were they stay, until their segment is removed."""
+        chunk = self.chunk(chunk_id)
+        assert chunk is not None, "whoever moves a chunk has looked at it"
+        self.open.chunks[chunk_id] = replace(chunk, segment=segment, page=offset // PAGE)
+        for number, by in ((chunk.segment, -chunk.length), (segment, chunk.length)):
+            record = self.segments[number]
+            self.segments[number] = record._replace(live=record.live + by)
+            self.open.segments.add(number)
 
     def abandon_bytes(self, punch: Punch) -> None:
         """Bytes of a segment that were written and that no chunk will name."""
@@ -176,6 +223,8 @@ class Ledger:
         for entry in self.recipe(view, span) or ():
             if entry.kind is Kind.CHUNK:
                 change[entry.chunk] -= 1
+        # A span of which nothing is left has no record.
+        kept = None if all(e.kind is Kind.ABSENT for e in recipe) else recipe
         layer = self.open
         live: Counter[SegmentNo] = Counter()
         for chunk_id, chunk in new.items():
@@ -190,7 +239,7 @@ class Ledger:
             segment_record = self.segments[segment]
             self.segments[segment] = segment_record._replace(live=segment_record.live + by)
             layer.segments.add(segment)
-        layer.recipes[view, span] = recipe
+        layer.recipes[view, span] = kept
         if cached_change:
             record = self.views[view]
             self.set_view(view, record.with_cached(record.cached + cached_change))
@@ -231,24 +280,34 @@ class Ledger:
         """Takes what is no fetched byte from a ledger whose changes could not be committed: views, images,
         and the numbers that were given."""
         self.counters = Counters(*map(max, self.counters, lost.counters))
+        for view, dropped in ((v, r) for layer in lost._layers for v, r in layer.views.items()):
+            if dropped is None and view in self.views and self.views[view].cached == 0:
+                self.drop_view(view)
         for view, record in lost.views.items():
             known = self.views.get(view)
             if known is None or known.with_cached(record.cached) != record:
                 self.set_view(view, record.with_cached(known.cached if known is not None else 0))
         for layer in reversed(lost._layers):
             self.open.images.update(layer.images)
+            self.open.others.update(layer.others)
 
     def _encode(self, layer: Layer) -> WriteSet:
         writes = WriteSet()
         for (view, span), recipe in layer.recipes.items():
             key = f.span_key(view, span)
-            writes.put(Table.SPANS, key, f.encode_recipe(key, recipe))
+            writes.put(Table.SPANS, key, None if recipe is None else f.encode_recipe(key, recipe))
         for chunk_id, chunk in layer.chunks.items():
             writes.put(Table.CHUNKS, f.chunk_key(chunk_id), None if chunk is None else chunk.encode(chunk_id))
-        for view, record in layer.views.items():
-            writes.put(Table.VIEWS, f.view_key(view), record.encode(view))
+        for view, view_record in layer.views.items():
+            writes.put(Table.VIEWS, f.view_key(view), None if view_record is None else view_record.encode(view))
         for key, image in layer.images.items():
             writes.put(Table.IMAGES, key, image)
+        for (table, key), record in layer.others.items():
+            writes.put(table, key, record)
+        writes.prefixes_removed.extend(layer.prefixes_removed)
+        for segment in layer.removed:
+            writes.put(Table.SEGMENTS, f.segment_key(segment), None)
+            writes.prefixes_removed.append((Table.PUNCHES, f.segment_key(segment)))
         for segment in layer.segments:
             writes.put(Table.SEGMENTS, f.segment_key(segment), self.segments[segment].encode(segment))
         for punch in layer.punches:

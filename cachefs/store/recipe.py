@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from cachefs.plan.extents import BLOCK, PAGE, Extent, ceil, coalesce, floor
@@ -18,6 +19,16 @@ NO_CHUNK = ChunkId(0)
 
 # In place of a segment's number, which starts at 1.
 ABSENT, HOLE = -1, 0
+
+
+def unverified(segment: int) -> int:
+    """What stands for a segment whose bytes were not compared with their digest yet, and back: below ABSENT, so
+    that the way of a hit, which takes what is above HOLE, passes it by."""
+    return -1 - segment
+
+
+def always(chunk: ChunkId) -> bool:
+    return True
 
 
 def absent_recipe(pages: int) -> Recipe:
@@ -87,24 +98,40 @@ def replaced(recipe: Recipe, first: int, pages: int, entries: Iterable[Entry]) -
 
 
 class Run(NamedTuple):
-    """`length` bytes at `offset` of segment file `segment`, which is ABSENT or HOLE where there is none."""
+    """`length` bytes at `offset` of segment file `segment`, which is ABSENT or HOLE where there is none, and
+    `unverified` where they are to be verified first."""
 
     segment: int
     offset: int
     length: int
 
 
+def places(runs: Iterable[Run]) -> list[Run]:
+    """Where bytes are, verified or not, in as few runs as there can be: to compare two look-ups."""
+    out: list[Run] = []
+    for segment, offset, length in runs:
+        place = unverified(segment) if segment < ABSENT else segment
+        last = out[-1] if out else None
+        if last is not None and last.segment == place and (place <= HOLE or last.offset + last.length == offset):
+            out[-1] = Run(place, last.offset, last.length + length)
+        else:
+            out.append(Run(place, offset, length))
+    return out
+
+
 class SpanMap:
     """Where the bytes of one span are. `starts` has one more item than there are runs: the span's end.
-    `sources` holds, for each run, what to add to an offset within the span to find it in the segment."""
+    `sources` holds, for each run, what to add to an offset within the span to find it in the segment. `used`:
+    whether it was read since somebody last looked."""
 
-    __slots__ = ("segments", "sources", "starts")
+    __slots__ = ("segments", "sources", "starts", "used")
 
-    def __init__(self, runs: Iterable[Run]) -> None:
+    def __init__(self, runs: Iterable[Run], *, used: bool = False) -> None:
+        self.used = used
         starts, segments, sources = array("L"), array("l"), array("q")
         at = 0
         for segment, offset, length in runs:
-            source = offset - at if segment > 0 else 0
+            source = offset - at if segment not in (ABSENT, HOLE) else 0
             if not (segments and segments[-1] == segment and sources[-1] == source):
                 starts.append(at)
                 segments.append(segment)
@@ -114,7 +141,14 @@ class SpanMap:
         self.starts, self.segments, self.sources = starts, segments, sources
 
     @classmethod
-    def of(cls, recipe: Recipe, chunk: Callable[[ChunkId], Chunk | None]) -> SpanMap:
+    def of(
+        cls,
+        recipe: Recipe,
+        chunk: Callable[[ChunkId], Chunk | None],
+        verified: Callable[[ChunkId], bool] = always,
+        *,
+        used: bool = False,
+    ) -> SpanMap:
         """The map of `recipe`. A chunk that is gone or rotten is absent: it will be fetched again."""
 
         def runs() -> Iterator[Run]:
@@ -126,9 +160,23 @@ class SpanMap:
                 if found is None or found.rotten or found.pages != pages:
                     yield Run(ABSENT, 0, pages * PAGE)
                 else:
-                    yield Run(found.segment, found.offset, found.length)
+                    segment = found.segment if verified(chunk_id) else unverified(found.segment)
+                    yield Run(segment, found.offset, found.length)
 
-        return cls(runs())
+        return cls(runs(), used=used)
+
+    def with_verified(self, extents: Collection[Extent]) -> SpanMap:
+        """The same, when the bytes of `extents` (of the span) were verified meanwhile."""
+        edges = sorted({edge for extent in extents for edge in extent} | {0, self.end})
+        wanted = coalesce(extents)
+
+        def runs() -> Iterator[Run]:
+            for start, end in pairwise(edges):
+                inside = any(extent.start <= start < extent.end for extent in wanted)
+                for run in self.locate(start, end - start):
+                    yield run._replace(segment=unverified(run.segment)) if inside and run.segment < ABSENT else run
+
+        return SpanMap(runs(), used=self.used)
 
     @property
     def end(self) -> int:
@@ -140,7 +188,7 @@ class SpanMap:
         while length > 0:
             n = min(self.starts[i + 1] - start, length)
             segment = self.segments[i]
-            yield Run(segment, self.sources[i] + start if segment > 0 else 0, n)
+            yield Run(segment, self.sources[i] + start if segment not in (ABSENT, HOLE) else 0, n)
             start, length, i = start + n, length - n, i + 1
 
     def absent(self, within: Extent) -> list[Extent]:

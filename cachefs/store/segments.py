@@ -11,7 +11,10 @@ import ctypes
 import errno
 import logging
 import os
+import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cachefs.store.format import Punch, SegmentNo, segment_name
@@ -32,13 +35,19 @@ WRITE_BYTES = 256 << 10
 class Segments:
     """All segment files of one store, open from the start: a lookup of a descriptor is one dict access.
 
-    `files` maps a segment to its descriptor. Descriptors stay open until `close`, so that a number read from
-    `files` cannot come to mean another file.
+    `files` maps a segment to its descriptor. Whoever reads in a thread counts itself in, and a segment that is
+    removed is closed by the last one who reads it; so a descriptor cannot come to mean another file under a
+    reader's hand. `last` is the greatest number that there ever was: none is given twice.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[SegmentNo, int] = {}
+        self.last = SegmentNo(0)
+        self._lock = threading.Lock()
+        self._reading: Counter[int] = Counter()  # Threads, by descriptor.
+        self.read_errors = 0
+        self._retired: set[int] = set()  # Descriptors of removed files: their space may not be back yet.
 
     # ── opening ──
 
@@ -54,10 +63,50 @@ class Segments:
         if create:
             flags |= os.O_CREAT | os.O_EXCL
         self.files[segment] = os.open(self.folder / segment_name(segment), flags, 0o600)
+        self.last = max(self.last, segment)
 
     def close(self) -> None:
         while self.files:
             os.close(self.files.popitem()[1])
+
+    def retire(self, segment: SegmentNo) -> None:
+        """Nobody finds the segment from now on. On the loop, where hits look descriptors up."""
+        file = self.files.pop(segment, None)
+        if file is not None:
+            with self._lock:
+                self._retired.add(file)
+
+    def remove_retired(self, segments: Iterable[SegmentNo]) -> None:
+        """Removes the files of retired segments, and closes those that no thread reads. Raises OSError."""
+        for segment in segments:
+            assert segment not in self.files, "retire comes first"
+            (self.folder / segment_name(segment)).unlink(missing_ok=True)
+        with self._lock:
+            unread = [file for file in self._retired if not self._reading[file]]
+            self._retired.difference_update(unread)
+        for file in unread:
+            os.close(file)
+
+    @contextmanager
+    def _held(self, segment: SegmentNo) -> Iterator[int | None]:
+        """The segment's descriptor, which stays what it is inside the `with`."""
+        with self._lock:
+            file = self.files.get(segment)
+            if file is not None:
+                self._reading[file] += 1
+        try:
+            yield file
+        finally:
+            if file is not None:
+                with self._lock:
+                    self._reading[file] -= 1
+                    closing = not self._reading[file] and file in self._retired
+                    if not self._reading[file]:
+                        del self._reading[file]
+                    if closing:
+                        self._retired.remove(file)
+                if closing:
+                    os.close(file)
 
     def remove_stray(self, segment: SegmentNo) -> None:
         """Removes a file that was never opened here."""
@@ -80,22 +129,23 @@ class Segments:
 
     def read(self, segment: SegmentNo, offset: int, length: int) -> bytes:
         """May return less than `length` where the file ends early; may wait for the disk."""
-        file = self.files.get(segment)
-        return b"" if file is None else os.pread(file, length, offset)
+        with self._held(segment) as file:
+            return b"" if file is None else os.pread(file, length, offset)
 
     def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> int:
         """Fills `buffer`; returns how many bytes it got, which is less where the file ends or the disk fails. May
         wait for the disk."""
-        file = self.files.get(segment)
         got = 0
-        try:
-            while file is not None and got < len(buffer):
-                n = os.preadv(file, (buffer[got:],), offset + got)
-                if n == 0:
-                    break
-                got += n
-        except OSError as error:
-            log.error("%s, offset %d: %s", segment_name(segment), offset + got, error.strerror)
+        with self._held(segment) as file:
+            try:
+                while file is not None and got < len(buffer):
+                    n = os.preadv(file, (buffer[got:],), offset + got)
+                    if n == 0:
+                        break
+                    got += n
+            except OSError as error:
+                log.error("%s, offset %d: %s", segment_name(segment), offset + got, error.strerror)
+                self.read_errors += 1
         return got
 
     # ── durability and space ──
@@ -125,14 +175,23 @@ class Segments:
         return os.fstat(self.files[segment]).st_size
 
     def blocks_bytes(self) -> int:
-        """What the segments really occupy, by the filesystem's own count."""
-        # A copy: the writer's thread may add a segment meanwhile.
-        return sum(os.fstat(file).st_blocks * 512 for file in list(self.files.values()))
+        """What the segments really occupy, by the filesystem's own count; those that were removed count until
+        their space is back."""
+        with self._lock:  # Copies: the writer's thread may add a segment meanwhile.
+            files = [*self.files.values(), *self._retired]
+        return sum(_blocks_bytes(file) for file in files)
 
     def free_bytes(self) -> int:
         """What the filesystem has left for this process."""
         stat = os.statvfs(self.folder)
         return stat.f_bavail * stat.f_frsize
+
+
+def _blocks_bytes(file: int) -> int:
+    try:
+        return os.fstat(file).st_blocks * 512
+    except OSError:  # Closed since: it was retired, and is gone.
+        return 0
 
 
 def _batches(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
 from cachefs.errors import CachefsError, RecordCorrupt, StoreFull
-from cachefs.store.format import Punch, SpanNo, ViewNo, ViewRecord
+from cachefs.store.format import ChunkId, Punch, SegmentNo, SpanNo, Table, ViewNo, ViewRecord
 from cachefs.store.index import Index, WriteSet
 from cachefs.store.landing import Landed, Lander
 from cachefs.store.ledger import Layer, Ledger
@@ -35,6 +36,8 @@ GROUP_BYTES = 16 << 20
 COMMIT_BYTES = 256 << 20
 # With this much landed and not committed, landing waits for the disk: a bound on what a crash can lose.
 UNCOMMITTED_BYTES_MAX = 1 << 30
+# Landings that met the limit wait so long for eviction to make room.
+HELD_S = 10.0
 # After a failed commit or a full disk nothing is kept for this long.
 BACKOFF_S = 5.0
 
@@ -77,6 +80,86 @@ class Doubt:
     done: trio.Event
 
 
+T = TypeVar("T")
+
+
+class Reply(Generic[T]):
+    """What a command comes to; `wait` returns it once it is so."""
+
+    def __init__(self, otherwise: T) -> None:
+        self.value = otherwise
+        self._event = trio.Event()
+
+    def set(self, value: T) -> None:
+        self.value = value
+        self._event.set()
+
+    def give_up(self) -> None:
+        """Nothing came of it."""
+        self._event.set()
+
+    async def wait(self) -> T:
+        await self._event.wait()
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """These spans become absent. `reply`: bytes of segments that were freed, once their space is back."""
+
+    spans: Sequence[tuple[ViewNo, SpanNo]]
+    reply: Reply[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Mend:
+    """What is in chunks that are missing or rotten becomes absent. `reply`: how many spans changed."""
+
+    spans: Sequence[tuple[ViewNo, SpanNo]]
+    reply: Reply[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Looks at chunks again. `reply`: those that are rotten, and will not be read again."""
+
+    chunks: Sequence[ChunkId]
+    reply: Reply[list[ChunkId]]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Writes the chunks that lie in `sources` once more. `reply`: bytes, once they are durable there."""
+
+    chunks: Sequence[ChunkId]
+    sources: frozenset[SegmentNo]
+    reply: Reply[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Removes segments in which no chunk lies and that no map names. `reply`: how many are gone."""
+
+    segments: Sequence[SegmentNo]
+    reply: Reply[int]
+
+
+@dataclass(frozen=True, slots=True)
+class DropView:
+    """Forgets a view of which nothing is cached."""
+
+    view: ViewNo
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """A record that nothing else in the index refers to; None removes it."""
+
+    table: Table
+    key: bytes
+    record: bytes | None
+
+
 @dataclass(frozen=True, slots=True)
 class _Punched:
     punches: list[Punch]
@@ -87,7 +170,8 @@ class _Flush:
     done: trio.Event
 
 
-Command = Land | SetView | SetImage | Doubt | _Punched | _Flush
+Asked = Drop | Mend | Quarantine | Move | Remove
+Command = Land | SetView | SetImage | Doubt | Asked | DropView | Put | _Punched | _Flush
 
 
 class Readers(Protocol):
@@ -99,8 +183,48 @@ class Readers(Protocol):
     def went_back(self, views: dict[ViewNo, ViewRecord]) -> None:
         """Everything is as it was committed: look every span up again."""
 
-    def rot_found(self) -> None:
-        """A chunk is unusable now: look every span up again."""
+    def rot_found(self, chunks: Sequence[ChunkId]) -> None:
+        """These chunks are unusable now: look every span up again."""
+
+    def committed(self, chunks: Iterable[ChunkId]) -> None:
+        """These new chunks are durable."""
+
+    def full(self, wanted: int) -> bool:
+        """There is no room for `wanted` bytes. Whether somebody makes some, or says `no_room`."""
+        ...
+
+
+@dataclass
+class _Told:
+    """Who waits for one commit."""
+
+    flushing: list[trio.Event]
+    asked: list[tuple[Reply[int], int]]
+
+    def all(self, *, failed: bool = False) -> None:
+        for event in self.flushing:
+            event.set()
+        for reply, value in self.asked:
+            reply.give_up() if failed else reply.set(value)
+
+
+@dataclass
+class _Outcome:
+    """What came of a group: to be told on the loop."""
+
+    landed: dict[tuple[ViewNo, SpanNo], Landed] = field(default_factory=dict)
+    kept: list[Land] = field(default_factory=list)
+    refused: list[Land] = field(default_factory=list)
+    short: list[Land] = field(default_factory=list)  # There was no room for them.
+    told: list[Callable[[], None]] = field(default_factory=list)
+    asked: list[tuple[Reply[int], int]] = field(default_factory=list)  # Told when it is committed.
+    trouble: Exception | None = None
+
+    def publish(self, *landed: Landed) -> None:
+        """The latest of a view comes last: it has the right total."""
+        for new in landed:
+            self.landed.pop((new.view, new.span), None)
+            self.landed[new.view, new.span] = new
 
 
 class Writer:
@@ -126,7 +250,13 @@ class Writer:
         self._commit_done: trio.Event | None = None
         self._commit_failed: Exception | None = None
         self._flushing: list[trio.Event] = []
-        self._flushing_failed: list[trio.Event] = []
+        # What was asked for and is done in the open layer: told when that is committed.
+        self._asked: list[tuple[Reply[int], int]] = []
+        self._told_of_failure: list[_Told] = []
+        self._landing = False
+        self._sealed_is_committed = False
+        self._held: deque[Land] = deque()  # They met the limit, and wait for room.
+        self._held_until_s = float("inf")
         self._first_uncommitted_s: float | None = None
         self._resume_s = 0.0
         self._stopping = False
@@ -147,7 +277,24 @@ class Writer:
 
     @property
     def queued_bytes(self) -> int:
-        return sum(len(c.data) for c in self._queue if isinstance(c, Land))
+        return sum(len(c.data) for c in (*self._queue, *self._held) if isinstance(c, Land))
+
+    def no_room(self) -> None:
+        """Nothing can be evicted: what met the limit is not kept."""
+        held, self._held = self._held, deque()
+        if not held:
+            return
+        self._held_until_s = float("inf")
+        self._note_trouble(StoreFull(sum(len(land.data) for land in held)))
+        for land in held:
+            self._refuse(land)
+
+    def room_again(self) -> None:
+        """Space came back: what met the limit is tried again, before what came after it."""
+        self._queue.extendleft(reversed(self._held))
+        self._held.clear()
+        self._held_until_s = float("inf")
+        self._wake.set()
 
     def submit(self, command: Command) -> None:
         """In order, without waiting: whoever lands bytes keeps them within a bound of its own until `done`."""
@@ -177,6 +324,8 @@ class Writer:
                         self._give_up()
                         break
                     last_try = self._stopping  # What is no fetched byte deserves one more.
+                if self._held and (self._stopping or trio.current_time() >= self._held_until_s):
+                    self.no_room()
                 group = self._take()
                 if group:
                     await self._land(group)
@@ -184,7 +333,7 @@ class Writer:
                     continue  # While we landed: on a layer that is lost nothing more can be committed.
                 if self._commit_done is None and self._is_due():
                     await self._begin_commit(nursery)
-                elif self._stopping and not self._queue and self._commit_done is None:
+                elif self._stopping and not self._queue and not self._held and self._commit_done is None:
                     break
                 await self._wait()
 
@@ -198,6 +347,9 @@ class Writer:
             if isinstance(command, _Flush):
                 self._flushing.append(command.done)
                 continue
+            if self._held and isinstance(command, Land):
+                self._held.append(command)
+                continue
             group.append(command)
             size += len(command.data) if isinstance(command, Land) else 256
         return group
@@ -210,11 +362,14 @@ class Writer:
             for event in self._flushing:
                 event.set()
             self._flushing.clear()
+            for reply, value in self._asked:
+                reply.set(value)
+            self._asked.clear()
             return False
         assert self._first_uncommitted_s is not None
         old = trio.current_time() >= self._first_uncommitted_s + self._interval_s  # As `_wait` reckons.
         large = self._ledger.open.bytes_appended >= COMMIT_BYTES
-        return large or bool(self._flushing) or self._stopping or old
+        return large or bool(self._flushing) or bool(self._asked) or self._stopping or old
 
     async def _wait(self) -> None:
         """Until there is something to do. Everything that makes work sets `_wake` before it is looked at."""
@@ -223,6 +378,8 @@ class Writer:
         deadline = float("inf")
         if self._ledger.open and self._commit_done is None and self._first_uncommitted_s is not None:
             deadline = self._first_uncommitted_s + self._interval_s
+        if self._held:
+            deadline = min(deadline, self._held_until_s)
         with trio.move_on_at(deadline):
             await self._wake.wait()
         self._wake = trio.Event()
@@ -233,64 +390,123 @@ class Writer:
         if self._first_uncommitted_s is None:
             self._first_uncommitted_s = trio.current_time()
         keep = trio.current_time() >= self._resume_s
-        rotten = self._lander.rotten_found
+        self._landing = True
         try:
-            landed, outcomes, trouble = await trio.to_thread.run_sync(self._land_all, group, keep)
+            outcome = await trio.to_thread.run_sync(self._land_all, group, keep)
         except Exception as error:  # A bug in landing costs what had landed since the commit, not the mount.
             log.exception("unexpected failure of landing: going back to what is committed")
             self._give_up_group(group)
             self._commit_failed = error
             return
-        if trouble is not None:
-            self._note_trouble(trouble)
-        elif keep and landed:
+        finally:
+            self._landing = False
+            if self._sealed_is_committed:
+                self._sealed_is_committed = False
+                self._ledger.committed()
+        if outcome.trouble is not None:
+            self._note_trouble(outcome.trouble)
+        elif keep and outcome.landed:
             self._note_trouble(None)
         # From here to the end no await: readers see the new maps before anything replaced can be punched.
-        self._readers.published(landed)
-        if self._lander.rotten_found != rotten:
-            self._readers.rot_found()
-        for command, kept in outcomes:
-            if not kept:
-                self.not_kept_bytes += len(command.data)
-            command.done(kept)
-        for doubt in group:
-            if isinstance(doubt, Doubt):
-                doubt.done.set()
+        self._readers.published(outcome.landed.values())
+        rotten, self._lander.newly_rotten = self._lander.newly_rotten, []
+        if rotten:
+            self._readers.rot_found(rotten)
+        for land in outcome.kept:
+            land.done(True)
+        for land in outcome.refused:
+            self._refuse(land)
+        for tell in outcome.told:
+            tell()
+        self._asked.extend(outcome.asked)
+        if outcome.short:
+            self._hold(outcome.short)
 
-    def _land_all(
-        self, group: list[Command], keep: bool
-    ) -> tuple[list[Landed], list[tuple[Land, bool]], Exception | None]:
-        landed: dict[tuple[ViewNo, SpanNo], Landed] = {}
-        outcomes: list[tuple[Land, bool]] = []
-        trouble: Exception | None = None
-        for command in group:
-            match command:
-                case Land(view, span, start, data):
-                    kept = False
-                    if keep and trouble is None:
-                        try:
-                            new = self._lander.land(view, span, start, data)
-                            landed.pop((view, span), None)  # The latest is published last: it has the right total.
-                            landed[view, span] = new
-                            kept = True
-                        except (StoreFull, OSError) as error:
-                            trouble = error
-                        except RecordCorrupt as error:
-                            log.error("span %d of view %d is not kept: %s", span, view, error)
-                    outcomes.append((command, kept))
-                case SetView(view, record):
-                    known = self._ledger.views.get(view)
-                    cached = known.cached if known is not None else 0
-                    self._ledger.set_view(view, record.with_cached(cached))
-                case SetImage(key, image_record, number):
-                    self._ledger.set_image(key, image_record, number)
-                case Doubt(view, span, page):
-                    self._lander.doubt(view, span, page)
-                case _Punched(punches):
-                    self._ledger.punched(punches)
-                case _:
-                    raise AssertionError(command)
-        return list(landed.values()), outcomes, trouble
+    def _refuse(self, land: Land) -> None:
+        self.not_kept_bytes += len(land.data)
+        land.done(False)
+
+    def _hold(self, lands: list[Land]) -> None:
+        """Until there is room, or nobody makes any."""
+        self._held.extend(lands)
+        self._held_until_s = trio.current_time() + HELD_S
+        if self._stopping or not self._readers.full(sum(len(land.data) for land in self._held)):
+            self.no_room()
+
+    def _land_all(self, group: list[Command], keep: bool) -> _Outcome:
+        """In the landing thread."""
+        out = _Outcome()
+        with self._ledger.batch():
+            for command in group:
+                match command:
+                    case Land():
+                        self._land_one(command, keep, out)
+                    case SetView(view, record):
+                        known = self._ledger.views.get(view)
+                        cached = known.cached if known is not None else 0
+                        self._ledger.set_view(view, record.with_cached(cached))
+                    case SetImage(key, image_record, number):
+                        self._ledger.set_image(key, image_record, number)
+                    case Put(table, key, other_record):
+                        self._ledger.put(table, key, other_record)
+                    case Doubt(view, span, page, done):
+                        self._lander.doubt(view, span, page)
+                        out.told.append(done.set)
+                    case DropView(view):
+                        if view in self._ledger.views and not self._ledger.views[view].cached:
+                            self._ledger.drop_view(view)
+                    case _Punched(punches):
+                        self._ledger.punched(punches)
+                    case _Flush():
+                        raise AssertionError("flushes are no work")
+                    case _:
+                        self._do_asked(command, out)
+        return out
+
+    def _land_one(self, command: Land, keep: bool, out: _Outcome) -> None:
+        if not keep or out.trouble is not None or command.view not in self._ledger.views:
+            out.refused.append(command)
+            return
+        if out.short:
+            out.short.append(command)
+            return
+        try:
+            out.publish(self._lander.land(command.view, command.span, command.start, command.data))
+            out.kept.append(command)
+        except StoreFull:
+            out.short.append(command)
+        except OSError as error:
+            out.trouble = error
+            out.refused.append(command)
+        except RecordCorrupt as error:
+            log.error("span %d of view %d is not kept: %s", command.span, command.view, error)
+            out.refused.append(command)
+
+    def _do_asked(self, command: Asked, out: _Outcome) -> None:
+        match command:
+            case Drop(spans, reply):
+                done = [found for span in spans if (found := self._lander.drop(*span)) is not None]
+                out.publish(*(landed for landed, _ in done))
+                out.asked.append((reply, sum(freed for _, freed in done)))
+            case Mend(spans, reply):
+                done = [found for span in spans if (found := self._lander.mend(*span)) is not None]
+                out.publish(*(landed for landed, _ in done))
+                out.told.append(partial(reply.set, len(done)))
+            case Quarantine(chunks, bad):
+                out.told.append(partial(bad.set, [chunk for chunk in chunks if self._lander.quarantine(chunk)]))
+            case Move(chunks, sources, reply):
+                try:
+                    out.asked.append((reply, self._lander.move(chunks, sources)))
+                except (StoreFull, OSError) as error:
+                    log.warning("segments are not compacted now: %s", error)
+                    out.asked.append((reply, 0))
+            case Remove(segments, reply):
+                gone = sorted(set(segments) & set(self._lander.lifeless()))
+                for segment in gone:
+                    self._ledger.remove_segment(segment)
+                out.asked.append((reply, len(gone)))
+            case _:
+                raise AssertionError(command)
 
     def _note_trouble(self, error: Exception | None) -> None:
         if error is None:
@@ -308,28 +524,44 @@ class Writer:
     async def _begin_commit(self, nursery: trio.Nursery) -> None:
         layer, writes = await trio.to_thread.run_sync(self._ledger.seal)
         self._first_uncommitted_s = None
-        flushing, self._flushing = self._flushing, []
+        told = _Told(self._flushing, self._asked)
+        self._flushing, self._asked = [], []
         self._commit_done = trio.Event()
-        nursery.start_soon(self._commit, layer, writes, flushing)
+        nursery.start_soon(self._commit, layer, writes, told)
 
-    async def _commit(self, layer: Layer, writes: WriteSet, flushing: list[trio.Event]) -> None:
+    async def _commit(self, layer: Layer, writes: WriteSet, told: _Told) -> None:
         try:
             await trio.to_thread.run_sync(self._commit_in_thread, layer, writes)
         except (OSError, CachefsError) as error:
             self._commit_failed = error
-            self._flushing_failed.extend(flushing)  # Told when the readers were: see `_go_back`.
+            self._told_of_failure.append(told)  # When the readers were: see `_go_back`.
         else:
             self.commits += 1
-            self._ledger.committed()
-            # The chunks that this commit freed are in no recipe and no reader's map: `published` saw to it.
-            if layer.punches:
-                self._queue.appendleft(_Punched(await trio.to_thread.run_sync(self._punch, layer.punches)))
-            for event in flushing:
-                event.set()
+            self._readers.committed(chunk for ids in layer.digests.values() for chunk in ids)
+            if self._landing:  # It looks at a snapshot that may be older than this commit.
+                self._sealed_is_committed = True
+            else:
+                self._ledger.committed()
+            await self._give_back_space(layer)
+            told.all()
         assert self._commit_done is not None
         self._commit_done.set()
         self._commit_done = None
         self._wake.set()
+
+    async def _give_back_space(self, layer: Layer) -> None:
+        # The chunks that this commit freed are in no recipe and no reader's map: `published` saw to it.
+        if layer.punches:
+            self._queue.appendleft(_Punched(await trio.to_thread.run_sync(self._punch, layer.punches)))
+        if layer.removed:
+            for segment in layer.removed:
+                self._segments.retire(segment)
+            try:
+                await trio.to_thread.run_sync(self._segments.remove_retired, layer.removed)
+            except OSError as error:
+                log.error("a segment that holds nothing cannot be removed, until the next start: %s", error)
+        if self._held and (layer.punches or layer.removed):
+            self.room_again()
 
     def _commit_in_thread(self, layer: Layer, writes: WriteSet) -> None:
         self._segments.sync(layer.appended, created=layer.created_segment)
@@ -361,34 +593,39 @@ class Writer:
         self._note_trouble(error)
         # Readers first: whoever still holds a map of what is lost looks again after its wait.
         self._readers.went_back(dict(self._ledger.views))
-        for event in self._flushing_failed:
-            event.set()
-        self._flushing_failed.clear()
+        for told in self._told_of_failure:
+            told.all(failed=True)
+        self._told_of_failure.clear()
+        _Told([], self._asked).all(failed=True)  # What they asked for went with the layer.
+        self._asked.clear()
         await trio.to_thread.run_sync(self._cut_lost, lost)
 
     def _give_up_group(self, group: list[Command]) -> None:
-        """Nothing of it landed; what is no bytes is done again (it may be done twice)."""
-        for command in group:
-            if isinstance(command, Land):
-                self.not_kept_bytes += len(command.data)
-                command.done(False)
-            elif isinstance(command, Doubt):
-                command.done.set()
-        self._queue.extendleft(reversed([c for c in group if not isinstance(c, Land | Doubt)]))
+        """Nothing of it landed; what is neither bytes nor asked for is done again (it may be done twice)."""
+        self._queue.extendleft(reversed([c for c in group if not self._tell_given_up(c)]))
 
     def _give_up(self) -> None:
         """The last commit failed and there will be no other: whoever waits is told."""
-        for event in self._flushing:
-            event.set()
-        for command in self._queue:
-            match command:
-                case Land():
-                    self.not_kept_bytes += len(command.data)
-                    command.done(False)
-                case Doubt() | _Flush():
-                    command.done.set()
+        _Told(self._flushing, self._asked).all(failed=True)
+        for command in (*self._queue, *self._held):
+            self._tell_given_up(command)
         self._flushing.clear()
+        self._asked.clear()
         self._queue.clear()
+        self._held.clear()
+
+    def _tell_given_up(self, command: Command) -> bool:
+        """Tells whoever waits for `command` that nothing came of it; False when nobody waits."""
+        match command:
+            case Land():
+                self._refuse(command)
+            case Doubt() | _Flush():
+                command.done.set()
+            case Drop() | Mend() | Quarantine() | Move() | Remove():
+                command.reply.give_up()
+            case _:
+                return False
+        return True
 
     def _cut_lost(self, lost: Ledger) -> None:
         for segment in lost.uncommitted_segments():
