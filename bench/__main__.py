@@ -13,7 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from bench import cold_4k, herd, many_images, memory, random_cold, sequential_cold, warm
+from bench import (
+    big_index,
+    cold_4k,
+    evict,
+    first_read,
+    herd,
+    layouts,
+    many_images,
+    memory,
+    random_cold,
+    scrub,
+    sequential_cold,
+    warm,
+)
 from bench.lab import Lab
 from bench.table import Row, table
 
@@ -25,6 +38,11 @@ BENCHMARKS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "warm": warm.run,
     "many-images": many_images.run,
     "memory": memory.run,
+    "layouts": layouts.run,
+    "big-index": big_index.run,
+    "evict": evict.run,
+    "scrub": scrub.run,
+    "first-read": first_read.run,
 }
 
 

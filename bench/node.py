@@ -5,8 +5,9 @@ or stops anything in another way than the tests do.
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ class Node(node.Node):
                 raise TimeoutError(f"the daemon is busy after {IDLE_MAX_S} s: {status['fetcher']}")
             time.sleep(0.05)
 
+    def segments(self) -> list[Path]:
+        """The files of its chunks."""
+        return sorted((self.store / "segments").glob("*.seg"))
+
+    def segments_bytes(self) -> int:
+        """What they really occupy."""
+        return sum(path.stat().st_blocks * 512 for path in self.segments())
+
     def memory_peak(self) -> int:
         """Bytes: the largest resident set since the start."""
         return self._memory("VmHWM")
@@ -77,3 +86,18 @@ def cpu_s(pid: int) -> float:
     """User and system time so far, of all threads that it has and had; in steps of a clock tick, 10 ms."""
     user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def read_all(path: Path) -> None:
+    subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none"], check=True)
+
+
+def drop_cache(paths: Iterable[Path]) -> None:
+    """Has the kernel forget the pages of these files: whoever reads them next waits for the disk."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fdatasync(file)  # A page that is to be written cannot be forgotten.
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(file)

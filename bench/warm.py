@@ -11,7 +11,7 @@ from statistics import median
 
 from bench.baseline import mounted
 from bench.lab import GIB, KIB, MIB, Lab
-from bench.node import cpu_s
+from bench.node import cpu_s, read_all
 from bench.table import Bound, Row, interleaved, ratio
 
 JOBS = (
@@ -32,12 +32,12 @@ def run(lab: Lab) -> Iterator[Row]:
         lab.scratch() as folder,
         mounted(lab.warm_origin(image), folder / "mnt") as (least, least_pid),
     ):
-        _read_all(node.path(image))
+        read_all(node.path(image))
         status = node.wait_idle()
         if status["store"]["bytes_cached"] != size:
             raise RuntimeError(f"the image is not warm: {status['store']}")
-        for segment in (node.store / "segments").iterdir():
-            _read_all(segment)
+        for segment in node.segments():
+            read_all(segment)
         for what, pattern, length, depth in JOBS:
             our_cpu_s: list[float] = []
             their_cpu_s: list[float] = []
@@ -55,10 +55,6 @@ def run(lab: Lab) -> Iterator[Row]:
             yield Row("warm", "  speed / its speed", share, "", Bound.AT_LEAST, 0.75, samples)
             cpu = f"  its processor time for a request ({median(their_cpu_s) * 1e6:.1f} µs) / ours"
             yield Row("warm", cpu, ratio(their_cpu_s, our_cpu_s))
-
-
-def _read_all(path: Path) -> None:
-    subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none"], check=True)
 
 
 def _iops(path: Path, pattern: str, length: int, depth: int, seconds: int, pid: int, cpus: list[float]) -> float:

@@ -6,17 +6,23 @@ This is the way of a miss. The way of a hit is `StoredView.read_now`, and does n
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
 from cachefs.errors import Absent, OriginUnavailable, ReadDeadline
-from cachefs.fetcher import Fetcher, Priority
+from cachefs.fetcher import Fetcher
+from cachefs.flights import Priority
 from cachefs.plan import windows
 from cachefs.plan.extents import BLOCK, Extent, aligned
 from cachefs.plan.windows import Pattern
 from cachefs.store.content import READ_MAX, StoredView
 from cachefs.store.format import OriginMode
+from cachefs.store.health import DiskUnusable
+
+log = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -33,6 +39,7 @@ class _Reading:
     since_s: float
     tried_at: int = -1
     tries: int = 0
+    unreadable: bool = False  # The disk does not give what is here: it is fetched as if it were not.
 
     def try_again(self, offset: int) -> None:
         """Counts tries at one offset; raises when they are too many."""
@@ -50,6 +57,7 @@ class Blocks:
         self._deadline_s = read_deadline_s
         self.reading: set[_Reading] = set()  # Reads that wait at this moment.
         self.misses = 0
+        self.on_random_miss: Callable[[StoredView, int], None] = lambda view, offset: None
 
     async def read(self, view: StoredView, offset: int, length: int, pattern: Pattern) -> Buffer:
         """`length` bytes from `offset`, which lie in the view; good until the next await. Raises OriginError;
@@ -59,10 +67,10 @@ class Blocks:
         self.reading.add(reading)
         try:
             with trio.move_on_after(self._deadline_s):
-                await view.load(wanted)
+                await _load(view, wanted)
                 if view.absent(wanted):
                     self.misses += 1
-                    await self._start_missing(view, wanted, pattern)
+                    await self._start_missing(reading, wanted, pattern)
                 return await self._collect(reading, pattern)
         finally:
             self.reading.discard(reading)
@@ -100,10 +108,10 @@ class Blocks:
                 # Up to where its slab ends: after that the bytes may be in the store, or let go.
                 await flight.wait_for(min(wanted.end, view.span_of(at).end))
                 continue
-            await view.load(wanted)
-            if view.absent(Extent(at, at + 1)):
+            await _load(view, wanted)
+            if reading.unreadable or view.absent(Extent(at, at + 1)):
                 reading.try_again(at)
-                await self._start_missing(view, Extent(at, wanted.end), pattern)
+                await self._start_missing(reading, Extent(at, wanted.end), pattern)
         return b"" if out is None else out
 
     def _arrived(self, view: StoredView, wanted: Extent) -> memoryview | None:
@@ -123,42 +131,64 @@ class Blocks:
         if end <= at:
             return None
         now = view.read_now(at, end - at) if end - at <= READ_MAX else None
-        if now is not None:
+        if now is not None or reading.unreadable:
             return now
         try:
             return await view.read(at, end - at)
+        except DiskUnusable as error:
+            log.debug("[image %s] %d bytes at %d: %s", view.record.image, end - at, at, error)
+            if view.is_well:  # It is this place, not the disk.
+                await self._doubt(reading, at)
+            else:
+                reading.unreadable = True
         except Absent as error:
-            await view.load(Extent(at, end))
+            await _load(view, Extent(at, end))
             if not view.absent(Extent(error.offset, error.offset + 1)):
-                reading.try_again(error.offset)
-                await view.doubt(error.offset)
-            return None
+                await self._doubt(reading, error.offset)
+        return None
+
+    async def _doubt(self, reading: _Reading, offset: int) -> None:
+        reading.try_again(offset)
+        await reading.view.doubt(offset)
 
     # ── starting flights ──
 
-    async def _start_missing(self, view: StoredView, wanted: Extent, pattern: Pattern) -> None:
+    async def _start_missing(self, reading: _Reading, wanted: Extent, pattern: Pattern) -> None:
         """Sees to it that everything absent in `wanted` is on its way."""
-        await view.load(wanted)
-        for miss in view.absent(wanted):
+        view = reading.view
+        await _load(view, wanted)
+        for miss in [wanted] if reading.unreadable else view.absent(wanted):
             parts = self._fetcher.not_under_way(view, miss)
             for part in parts:
-                await self._start(view, aligned(part, BLOCK, view.size), pattern, Priority.DEMAND)
+                await self._start(view, aligned(part, BLOCK, view.size), pattern, reading.unreadable)
             joined = None if parts else self._fetcher.flight_for(view, miss.start)
             if joined is not None and not joined.whole and not pattern.covers(miss.start):
                 pattern.follow(joined.extent, pattern.is_next(miss.start))
 
-    async def _start(self, view: StoredView, miss: Extent, pattern: Pattern, priority: Priority) -> None:
+    async def _start(
+        self,
+        view: StoredView,
+        miss: Extent,
+        pattern: Pattern,
+        unreadable: bool = False,
+        priority: Priority = Priority.DEMAND,
+    ) -> None:
         if view.record.origin is OriginMode.STREAM:
             if self._fetcher.flight_for(view, miss.start) is None:
                 self._fetcher.start(view, miss, priority)
             return
         want, sequential = windows.window(self._fetcher.link, pattern, miss.start)
+        if unreadable:  # It will not be kept: what is asked for, and no more.
+            want = miss.length
         around = Extent(miss.start, min(max(miss.start + want, miss.end), view.size))
-        await view.load(around)
+        await _load(view, around)
         # Others may have started what we want while the maps were read.
-        free = [gap for absent in view.absent(around) for gap in self._fetcher.not_under_way(view, absent)]
+        gaps = [around] if unreadable else view.absent(around)
+        free = [gap for absent in gaps for gap in self._fetcher.not_under_way(view, absent)]
         extent = windows.request(miss, free, want)
         if extent is not None:
+            if priority is Priority.DEMAND and not sequential:
+                self.on_random_miss(view, miss.start)
             pattern.follow(self._fetcher.start(view, extent, priority).extent, sequential)
 
     def reached_mark(self, view: StoredView, pattern: Pattern, offset: int) -> None:
@@ -169,4 +199,17 @@ class Blocks:
     async def _read_ahead(self, view: StoredView, pattern: Pattern) -> None:
         at = pattern.expected
         if self._fetcher.flight_for(view, at) is None:
-            await self._start(view, Extent(at, min(at + BLOCK, view.size)), pattern, Priority.READAHEAD)
+            await self._start(view, Extent(at, min(at + BLOCK, view.size)), pattern, priority=Priority.READAHEAD)
+
+    async def fetch(self, view: StoredView, extent: Extent) -> None:
+        """Sees to it that what is absent in `extent` is on its way, though nobody waits for it."""
+        reading = _Reading(view, extent, trio.current_time())
+        await self._start_missing(reading, extent, Pattern())
+
+
+async def _load(view: StoredView, extent: Extent) -> None:
+    """The maps, where the disk gives them: a span whose map is not in memory is taken for absent."""
+    try:
+        await view.load(extent)
+    except DiskUnusable as error:
+        log.debug("[image %s] %s", view.record.image, error)

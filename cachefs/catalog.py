@@ -151,6 +151,11 @@ class Catalog:
         return len(self._images)
 
     @property
+    def is_well(self) -> bool:
+        """Whether Glance answered when it was last asked."""
+        return self.last_error is None
+
+    @property
     def links(self) -> dict[bytes, int]:
         """`by-name`: name to image number."""
         if self._links is None:

@@ -1,5 +1,7 @@
 """argv → the daemon, or a request to it. Rule: one clear line on stderr for whatever goes wrong, and an exit
-status: 0 done, 1 refused or failed, 2 usage. `check` has its own: 0 sound, 2 damaged.
+status: 0 done, 1 refused or failed, 2 usage. `check` has its own: 0 sound, 1 repaired, 2 damaged or not
+repaired. So has `scrub --wait`: 0 sound, 1 rot was found and can be fetched again, 2 something is lost or
+damaged, 3 the daemon did not bring it to an end.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
     from cachefs.store.check import Finding
 
 DONE, FAILED, USAGE = 0, 1, 2
-SOUND, DAMAGED = 0, 2
+SOUND, REPAIRED, DAMAGED = 0, 1, 2
+UNFINISHED = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,8 +63,20 @@ def parser() -> argparse.ArgumentParser:
     image = add("image", _image, "show one image in full")
     image.add_argument("id", metavar="ID")
     _add_json(image)
+    for name, run, about in (
+        ("pin", _pin, "keep what is cached of images, whatever room is needed"),
+        ("unpin", _unpin, "end the pins of images"),
+        ("evict", _evict, "drop what is cached of images; refused while one is open or pinned"),
+    ):
+        command = add(name, run, about)
+        command.add_argument("ids", nargs="+", metavar="ID")
+        _add_json(command)
+    scrub = add("scrub", _scrub, "compare everything that is cached with its digests, in the daemon")
+    scrub.add_argument("--wait", action="store_true", help="until it is done; the exit status says what was found")
+    _add_json(scrub)
     check = add("check", _check, "verify a store that no daemon has open")
     check.add_argument("--store", metavar="PATH", help="the store's folder; by default [store]/path")
+    check.add_argument("--repair", action="store_true", help="make what is damaged absent, and the rest agree")
     _add_json(check)
     config = commands.add_parser("config", help="show or check the configuration")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -160,30 +176,114 @@ def _image(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _pin(arguments: argparse.Namespace) -> int:
+    return _tell(arguments, "pin", lambda row: f"pinned, {size(row['size'])}")
+
+
+def _unpin(arguments: argparse.Namespace) -> int:
+    return _tell(arguments, "unpin", lambda row: "unpinned" if row["was_pinned"] else "was not pinned")
+
+
+def _evict(arguments: argparse.Namespace) -> int:
+    def said(row: dict[str, Any]) -> str:
+        return f"{size(row['bytes'])} freed" + ("" if row["done"] else " so far; it goes on")
+
+    return _tell(arguments, "evict", said)
+
+
+def _tell(arguments: argparse.Namespace, command: str, said: Callable[[dict[str, Any]], str]) -> int:
+    """Asks for something to be done with images; one line for each, on stderr for those that were refused."""
+    rows = _ask(arguments, command, images=arguments.ids)
+    if arguments.json:
+        _print_json(rows)
+    for row in rows:
+        if row["error"] is not None:
+            print(f"cachefs: {printable(row['error'])}", file=sys.stderr)
+        elif not arguments.json:
+            print(f"{row['id']}: {said(row)}")
+    return DONE if all(row["error"] is None for row in rows) else FAILED
+
+
+def _scrub(arguments: argparse.Namespace) -> int:
+    if not arguments.wait:
+        started = _ask(arguments, "scrub")
+        return _print_json(started) if arguments.json else DONE
+    try:
+        return _wait_for_scrub(arguments)
+    except CachefsError as error:
+        print(f"cachefs: {error}", file=sys.stderr)
+        return UNFINISHED
+
+
+def _wait_for_scrub(arguments: argparse.Namespace) -> int:
+    """Starts a scrub, or joins the one that is under way, and asks each second how far it is: it may take days."""
+    number = _ask(arguments, "scrub")["run"]
+    shows = sys.stderr.isatty() and not arguments.json
+    while (now := _ask(arguments, "scrub-status"))["finished"] < number:
+        if shows:
+            share = "" if now["share"] is None else f"{now['share']:.1%}, "
+            print(f"\r\033[K{share}{size(now['bytes_verified'])}: {now['state']}", end="", file=sys.stderr)
+        time.sleep(1)
+    if shows:
+        print("\r\033[K", end="", file=sys.stderr)
+    last = now["last"]
+    if last is None or last["run"] < number:
+        print("cachefs: the scrub did not come to an end; the daemon's log says why", file=sys.stderr)
+        return UNFINISHED
+    if arguments.json:
+        _print_json(last)
+    else:
+        for fault in last["faults"]:
+            print(f"damaged index: {fault}")
+        print(
+            f"{size(last['bytes_verified'])} verified: {last['rotten']} chunks rotten, {last['healed']} spans to "
+            f"be fetched again, {last['waiting']} when Glance is back, {last['lost']} lost, "
+            f"{last['faults_in_all']} faults of the index"
+        )
+    return int(last["exit_status"])
+
+
 # ── Without it ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    try:
+        return _checked(arguments)
+    except CachefsError as error:
+        if not arguments.repair:
+            raise
+        print(f"cachefs: {error}", file=sys.stderr)
+        return DAMAGED  # 1 would say that it was repaired.
+
+
+def _checked(arguments: argparse.Namespace) -> int:
     from cachefs.store.check import check
+    from cachefs.store.recover import repair_store
 
     path = arguments.store
     if path is None:
         from cachefs import config
 
         path = config.load(arguments.config_file, arguments.config_dir, {}).store.path
-    report = check(Path(path))
+    if arguments.repair:
+        report, repaired, sound = repair_store(Path(path))
+    else:
+        report, repaired = check(Path(path)), None
+        sound = report.sound
+    status = DAMAGED if not sound else REPAIRED if repaired else SOUND
+    outcome = ("sound", "repaired", "damaged")[status]
     if arguments.json:
-        _print_json({**asdict(report), "findings": [_finding(found) for found in report.findings]})
-        return SOUND if report.sound else DAMAGED
+        found = {**asdict(report), "findings": [_finding(found) for found in report.findings]}
+        _print_json({**found, "outcome": outcome, "repair": None if repaired is None else asdict(repaired)})
+        return status
     for finding in report.findings:
         print(finding)
     if report.unlisted:
         print(f"and {report.unlisted} more")
-    print(
-        f"{'sound' if report.sound else 'damaged'}: {report.spans} spans, {report.chunks} chunks, "
-        f"{size(report.bytes_verified)} verified"
-    )
-    return SOUND if report.sound else DAMAGED
+    if repaired is not None:
+        print(f"repair: {repaired}")
+    print(f"{outcome}: {report.spans} spans, {report.chunks} chunks, {size(report.bytes_verified)} verified")
+    return status
 
 
 def _finding(found: Finding) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """The composition root: builds everything, owns the nurseries, shuts down in a visible order. Rule: no decision
 about bytes is made here.
 
-Tasks are one tree. `services` holds what reads stand on (writer, fetcher, catalog); `serving` what asks for
-them (the kernel's requests, the control socket, signals). Serving ends first; then flights are abandoned, what
-has landed is committed, and the store is closed.
+Tasks are one tree. `services` holds what reads stand on (writer, fetcher, catalog) and the loops that look after
+the store; `serving` what asks for them (the kernel's requests, the control socket, signals). Serving ends first;
+then flights are abandoned, what has landed is committed, and the store is closed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -23,15 +26,23 @@ import trio
 from cachefs import __version__
 from cachefs.blocks import Blocks
 from cachefs.catalog import Catalog
+from cachefs.commands import Commands
+from cachefs.compactor import Compactor
 from cachefs.config import Config
 from cachefs.control import ControlServer
-from cachefs.errors import CachefsError
+from cachefs.errors import CachefsError, NoEntry
+from cachefs.evictor import Evictor, Watermarks
 from cachefs.fetcher import Fetcher
 from cachefs.fuse import Filesystem, Mount
+from cachefs.leases import Leases
 from cachefs.notify import notify
+from cachefs.scrubber import Around, Fate, Scrubber
 from cachefs.sources.glance import Glance
 from cachefs.status import Status
-from cachefs.store.content import Limits, Store
+from cachefs.store.content import Limits, Store, StoredView
+from cachefs.store.format import SpanNo, ViewKind
+from cachefs.store.health import STOP_S, State
+from cachefs.uses import BOOT_S, Uses
 
 log = logging.getLogger(__name__)
 
@@ -60,52 +71,112 @@ def _first_of(failures: BaseExceptionGroup[CachefsError]) -> CachefsError:
     return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
+@dataclass
+class _Node:
+    """Everything that runs, in the order in which it stands on each other."""
+
+    store: Store
+    fetcher: Fetcher
+    blocks: Blocks
+    catalog: Catalog
+    leases: Leases
+    uses: Uses
+    evictor: Evictor
+    scrubber: Scrubber
+    compactor: Compactor
+    mount: Mount
+    control: ControlServer
+    status: Status
+
+
 async def _main(config: Config) -> None:
     store = Store.open(
         Path(config.store.path),
         lambda: _limits(config),
         config.store.span_size,
         config.store.commit_interval,
+        verify_first_read=config.store.verify_first_read,
     )
     try:
-        glance = Glance(config.glance.auth)
-        fetcher = Fetcher(glance, store, config.glance.connections, config.glance.retries)
-        blocks = Blocks(fetcher, config.mount.read_deadline)
-        catalog = Catalog(glance, store, config.glance.listing_ttl, config.glance.negative_ttl)
-        filesystem = Filesystem(config.mount, catalog, store, blocks, config.glance.negative_ttl)
-        mount = Mount(filesystem, config.mount)
-        catalog.on_gone = mount.forget
-        status = Status(mount.mountpoint, store, fetcher, blocks, catalog, filesystem)
-        control = ControlServer(config.control.socket, status.handlers())
-        await _serve(store, fetcher, blocks, catalog, mount, control, status)
+        await _serve(_build(config, store))
     finally:
         store.close()
     log.info("stopped")
 
 
-async def _serve(
-    store: Store,
-    fetcher: Fetcher,
-    blocks: Blocks,
-    catalog: Catalog,
-    mount: Mount,
-    control: ControlServer,
-    status: Status,
-) -> None:
+def _build(config: Config, store: Store) -> _Node:
+    glance = Glance(config.glance.auth)
+    fetcher = Fetcher(glance, store, config.glance.connections, config.glance.retries)
+    blocks = Blocks(fetcher, config.mount.read_deadline)
+    catalog = Catalog(glance, store, config.glance.listing_ttl, config.glance.negative_ttl)
+    leases = Leases(store, lambda: int(_limits(config).max_size * config.store.pin_share))
+    filesystem = Filesystem(config.mount, catalog, store, blocks, leases, config.glance.negative_ttl)
+    mount = Mount(filesystem, config.mount)
+    catalog.on_gone = mount.forget
+
+    uses = Uses(store)
+    watermarks = Watermarks(config.store.high_watermark, config.store.low_watermark)
+    evictor = Evictor(store, uses, leases, watermarks, lambda: catalog.is_well)
+    store.on_full = evictor.on_full
+    around = Around(
+        guests_wait=lambda: bool(blocks.waiting),
+        disk_unwell=lambda: store.health.state is not State.HEALTHY,
+        note_error=lambda error: store.health.reads.note_error(f"a scrub: {error.strerror}"),
+        fate=partial(_fate, catalog),
+        leased=leases.is_leased,
+        refetch=lambda view, span: fetcher.spawn(blocks.fetch, view, view.extent_of(span)),
+    )
+    scrubber = Scrubber(store, store.index, config.scrub, around)
+    store.on_rot = scrubber.rot_found
+    compactor = Compactor(store, lambda: around.guests_wait() or around.disk_unwell())
+
+    def note_boot(view: StoredView, offset: int) -> None:
+        if leases.opened_within(view.number, BOOT_S):
+            uses.note_boot(view.number, SpanNo(offset // store.span_size))
+
+    blocks.on_random_miss = note_boot
+
+    status = Status(mount.mountpoint, store, fetcher, blocks, catalog, filesystem, leases, evictor, scrubber)
+    commands = Commands(leases, evictor, catalog.lookup, store.flush)
+    handlers = status.handlers() | commands.handlers() | scrubber.handlers()
+    control = ControlServer(config.control.socket, handlers)
+    return _Node(
+        store, fetcher, blocks, catalog, leases, uses, evictor, scrubber, compactor, mount, control, status
+    )
+
+
+async def _fate(catalog: Catalog, view: StoredView) -> Fate:
+    """Whether the bytes of a view could be fetched again."""
+    if view.record.kind is ViewKind.ENDED:
+        return Fate.GONE
+    try:
+        await catalog.openable(view.record.image)
+    except NoEntry:
+        return Fate.GONE
+    except CachefsError:
+        return Fate.AWAY
+    return Fate.FETCHABLE if catalog.is_well else Fate.AWAY
+
+
+async def _serve(node: _Node) -> None:
+    store, mount, control = node.store, node.mount, node.control
     async with trio.open_nursery() as writing:
         writing.start_soon(store.run)
         try:
+            await node.leases.load()
             async with trio.open_nursery() as services:
-                await services.start(fetcher.run)
-                await services.start(catalog.run)
+                await services.start(node.fetcher.run)
+                await services.start(node.catalog.run)
+                for loop in (node.uses, node.evictor, node.scrubber, node.compactor):
+                    await services.start(loop.run)
                 try:
                     async with trio.open_nursery() as serving:
                         # First: what is mounted without it would stay behind, dead, when a signal comes.
-                        await serving.start(_until_signalled, serving.cancel_scope, blocks)
+                        await serving.start(_until_signalled, serving.cancel_scope, node.blocks)
                         await control.open()
                         mount.open()
                         serving.start_soon(control.serve)
-                        serving.start_soon(_report, mount, store, status)
+                        serving.start_soon(_report, mount, store, node.status)
                         await mount.serve()
                         serving.cancel_scope.cancel()
                 finally:
@@ -115,12 +186,31 @@ async def _serve(
                     notify(STOPPING="1", STATUS="unmounting")
                     mount.close()
                     control.close()
-                    # 2. Flights are abandoned.
+                    # 2. Flights are abandoned, and the loops that look after the store end.
                     services.cancel_scope.cancel()
         finally:
-            # 3. What has landed is committed; `writing` waits for it.
+            # 3. What has landed is committed; `writing` waits for it, as long as there is hope.
             notify(STATUS="committing what was fetched")
+            node.uses.save()
             store.writer.stop()
+            _bound_the_stop(store)
+
+
+def _bound_the_stop(store: Store) -> None:
+    """A disk that hangs keeps the last commit, and with it this process, for ever. Nothing is lost by leaving:
+    what is not committed is fetched again."""
+
+    def leave() -> None:
+        if store.health.state is State.HEALTHY and not store.health.writes.hung:
+            _bound_the_stop(store)
+            return
+        log.error("leaving without the last commit: the store's disk does not answer")
+        logging.shutdown()
+        os._exit(1)
+
+    timer = threading.Timer(STOP_S, leave)
+    timer.daemon = True
+    timer.start()
 
 
 async def _until_signalled(

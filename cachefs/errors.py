@@ -9,6 +9,7 @@ them (`again`), because a traceback belongs to one raise.
     ├── MountError             the mountpoint or /dev/fuse cannot be used
     ├── NamespaceError         a name or an operation the tree does not have
     ├── StoreError             the local store cannot be used, or a part of it is not what it should be
+    ├── FormatError            an image is refused for what its bytes say
     └── OriginError            Glance (or Keystone before it) did not give what was asked for
 """
 
@@ -121,6 +122,10 @@ class StoreFormat(StoreUnusable):
     """The store was written by another format of cachefs, or is none."""
 
 
+class StoreUnreadable(StoreUnusable):
+    """The index of the store is lost, or is no index any more: to be set aside."""
+
+
 class StoreFull(StoreError):
     """There is no room for `wanted` bytes: served, not kept."""
 
@@ -134,6 +139,36 @@ class StoreFull(StoreError):
         return f"no room for {self.wanted} bytes"
 
 
+class Leased(StoreError):
+    """What was to be evicted is not to be; `reasons` says why, for people."""
+
+    errno = errno.EBUSY
+
+    def __init__(self, image: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(image, reasons)
+        self.image, self.reasons = image, reasons
+
+    def __str__(self) -> str:
+        return f"image {self.image} is not evicted: {', '.join(self.reasons)}"
+
+
+class PinRefused(StoreError):
+    """With this image, the whole sizes of all that is pinned would pass the share of the store that pins may
+    claim. Sizes in bytes."""
+
+    errno = errno.ENOSPC
+
+    def __init__(self, image: str, size: int, pinned: int, pinned_max: int) -> None:
+        super().__init__(image, size, pinned, pinned_max)
+        self.image, self.size, self.pinned, self.pinned_max = image, size, pinned, pinned_max
+
+    def __str__(self) -> str:
+        return (
+            f"image {self.image} is not pinned: its {self.size} bytes and the {self.pinned} of those that are "
+            f"would be more than the {self.pinned_max} that pins may claim ([store]/pin_share)"
+        )
+
+
 class RecordCorrupt(StoreError):
     """A record of the index does not carry its own seal, or cannot be decoded."""
 
@@ -145,6 +180,17 @@ class RecordCorrupt(StoreError):
         return f"record {self.key.hex()} of {self.table} is corrupt"
 
 
+class IndexCorrupt(StoreError):
+    """A page of the index's file is not what LMDB could follow without harm. `page`: its number."""
+
+    def __init__(self, page: int, reason: str) -> None:
+        super().__init__(page, reason)
+        self.page, self.reason = page, reason
+
+    def __str__(self) -> str:
+        return f"page {self.page}: {self.reason}"
+
+
 class Absent(StoreError):
     """A range that was to be read is not wholly in the store. Never reaches a reader of the mount."""
 
@@ -154,6 +200,23 @@ class Absent(StoreError):
 
     def __str__(self) -> str:
         return f"view {self.view_no} is absent at byte {self.offset}"
+
+
+# ── The formats ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class FormatError(CachefsError):
+    """What an image's bytes say cannot be true, or is not to be followed. `reason` is for people, after "the
+    image is refused: ", and holds nothing of the image but numbers."""
+
+    errno = errno.EPERM
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"refused: {self.reason}"
 
 
 # ── The origin ────────────────────────────────────────────────────────────────────────────────────────

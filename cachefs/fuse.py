@@ -28,9 +28,10 @@ from cachefs.blocks import Blocks
 from cachefs.catalog import Catalog, Image
 from cachefs.config import MountConfig
 from cachefs.errors import CachefsError, MountError, NoEntry, NotPermitted, OriginError
+from cachefs.leases import Leases
 from cachefs.namespace import FOLDERS, Folder, Node, Slot, image_id, inode_of, node_of
 from cachefs.store.content import Store, StoredView
-from cachefs.store.format import ViewKind
+from cachefs.store.format import ViewKind, ViewNo
 from cachefs.views import Buffer, View
 from cachefs.views.original import OriginalView
 
@@ -55,12 +56,18 @@ class Filesystem(pyfuse3.Operations):
     """The mounted tree. `open_count` tells how many handles each image has."""
 
     def __init__(
-        self, config: MountConfig, catalog: Catalog, store: Store, blocks: Blocks, negative_ttl_s: float
+        self,
+        config: MountConfig,
+        catalog: Catalog,
+        store: Store,
+        blocks: Blocks,
+        leases: Leases,
+        negative_ttl_s: float,
     ) -> None:
         super().__init__()
         self._config, self._catalog, self._store, self._blocks = config, catalog, store, blocks
-        self._negative_ttl_s = negative_ttl_s
-        self._open: dict[int, tuple[View, str]] = {}
+        self._leases, self._negative_ttl_s = leases, negative_ttl_s
+        self._open: dict[int, tuple[View, str, ViewNo]] = {}
         self._folders: dict[int, tuple[Folder, Sequence[tuple[bytes, int]]]] = {}
         self._handles = itertools.count(1)
         self.open_count: Counter[str] = Counter()
@@ -95,14 +102,16 @@ class Filesystem(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
         image = await self._catalog.openable(self._image(inode).id)
-        view = OriginalView(self._store.view(image.id, ViewKind.ORIGINAL, image.size), self._blocks)
+        stored = self._store.view(image.id, ViewKind.ORIGINAL, image.size)
         handle = next(self._handles)
-        self._open[handle] = (view, image.id)
+        self._open[handle] = (OriginalView(stored, self._blocks), image.id, stored.number)
+        self._leases.opened(stored.number)
         self.open_count[image.id] += 1
         return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
 
     async def release(self, fh: int) -> None:
-        image = self._open.pop(fh)[1]
+        _, image, number = self._open.pop(fh)
+        self._leases.released(number)
         self.open_count[image] -= 1
         if not self.open_count[image]:
             del self.open_count[image]
@@ -252,6 +261,7 @@ class Filesystem(pyfuse3.Operations):
             "state": state_of(stored, image),
             "cached_bytes": str(stored.cached if stored else 0),
             "in_use": "1" if self.open_count[image.id] else "0",
+            "pinned": "1" if self._leases.pin_of(image.id) else "0",
         }
 
     # ── what stands behind an inode ──

@@ -18,8 +18,11 @@ from cachefs.blocks import Blocks
 from cachefs.catalog import Catalog, Image
 from cachefs.control import Handler
 from cachefs.errors import NoEntry
+from cachefs.evictor import Evictor
 from cachefs.fetcher import Fetcher
 from cachefs.fuse import Filesystem, state_of
+from cachefs.leases import Leases
+from cachefs.scrubber import Scrubber
 from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
 
@@ -35,7 +38,11 @@ class Status:
         blocks: Blocks,
         catalog: Catalog,
         filesystem: Filesystem,
+        leases: Leases,
+        evictor: Evictor,
+        scrubber: Scrubber,
     ) -> None:
+        self._leases, self._evictor, self._scrubber = leases, evictor, scrubber
         self._mountpoint, self._store, self._fetcher = mountpoint, store, fetcher
         self._blocks, self._catalog, self._filesystem = blocks, catalog, filesystem
         self._began_s = time.monotonic()
@@ -52,6 +59,9 @@ class Status:
             "uptime": int(time.monotonic() - self._began_s),
             "mountpoint": self._mountpoint,
             "store": store,
+            "evictor": self._evictor.status(),
+            "scrub": self._scrubber.status(),
+            "pinned": {"images": len(self._leases.pinned), "bytes": self._leases.pinned_bytes},
             "images": {
                 "known": len(self._catalog),
                 "open": len(self._filesystem.open_count),
@@ -88,6 +98,7 @@ class Status:
             "path": f"{self._mountpoint}/images/{image}",
             "origin": stored.record.origin.name.lower() if stored is not None else "unknown",
             "handles": self._filesystem.open_count[image],
+            "leases": [str(lease) for lease in self._leases.of(stored)] if stored is not None else [],
         }
 
     def _row(self, image: Image) -> dict[str, Any]:
@@ -101,4 +112,5 @@ class Status:
             "cached": stored.cached if stored is not None else 0,
             "state": state_of(stored, image),
             "in_use": bool(self._filesystem.open_count[image.id]),
+            "pinned": self._leases.pin_of(image.id) is not None,
         }

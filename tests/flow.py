@@ -36,7 +36,7 @@ from cachefs.store.content import Limits, Store, StoredView
 from cachefs.store.format import ViewKind
 from cachefs.store.recover import Opened, open_store
 from cachefs.views.original import OriginalView
-from tests.stores import SPAN, UNLIMITED, Edges, image_id
+from tests.stores import SPAN, UNLIMITED, Edges, image_id, patient
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -322,8 +322,8 @@ class LateStore(Store):
 
     late_s = 0.0
 
-    def __init__(self, opened: Opened, limits: Callable[[], Limits], commit_interval_s: float = 1.0) -> None:
-        super().__init__(opened, limits, commit_interval_s)
+    def __init__(self, opened: Opened, limits: Callable[[], Limits]) -> None:
+        super().__init__(opened, limits, health=patient())
         self._nursery: trio.Nursery | None = None
         self._busy_until_s = 0.0
 

@@ -20,7 +20,8 @@ from cachefs.errors import (
     OriginUnavailable,
     ReadDeadline,
 )
-from cachefs.fetcher import BACKOFF_FIRST_S, BACKOFF_MAX_S, Flight, Priority
+from cachefs.fetcher import BACKOFF_FIRST_S, BACKOFF_MAX_S, RETRY_AFTER_JITTER
+from cachefs.flights import Flight, Priority
 from cachefs.plan.extents import BLOCK, Extent
 from cachefs.sources import Sink, Timing
 from cachefs.store.content import Limits, StoredView
@@ -166,6 +167,22 @@ async def test_retry_after_is_honoured(tmp_path: Path) -> None:
     async with flow(tmp_path, source) as way:
         await way.read(1, SIZE, 0, 4096)
         assert source.requests[1].began_s - source.requests[0].ended_s >= 7.5
+
+
+@virtual_time
+async def test_an_origin_that_asks_all_nodes_for_the_same_pause_does_not_get_them_back_at_once(
+    tmp_path: Path,
+) -> None:
+    busy = Refuse(lambda image: OriginBusy(image, "503", 20.0))
+    source = ScriptedSource(act=lambda request: busy if request.number < 8 else None)
+    async with flow(tmp_path, source) as way, trio.open_nursery() as readers:
+        for image in range(1, 9):
+            readers.start_soon(way.read, image, SIZE, 0, 4096)
+    asked_s = max(request.ended_s for request in source.requests[:8])
+    pauses = [request.began_s - asked_s for request in source.requests[8:]]
+    assert len(pauses) == 8
+    assert all(20.0 - 0.1 <= pause <= 20.0 * (1 + RETRY_AFTER_JITTER) for pause in pauses)
+    assert max(pauses) - min(pauses) > 20.0 * RETRY_AFTER_JITTER / 4
 
 
 @virtual_time
@@ -423,6 +440,45 @@ async def test_waiting_for_memory_is_not_taken_for_a_slow_or_fast_link(tmp_path:
         assert way.fetcher.link.rate == pytest.approx(50e6, rel=0.1)
         assert way.fetcher.link.cost_s == pytest.approx(0.02 + 64 * KIB / 50e6, rel=0.1)
         await way.settled()
+
+
+@virtual_time
+async def test_demand_gets_memory_before_reading_ahead_that_asked_first(tmp_path: Path) -> None:
+    release = trio.Event()
+    source = ScriptedSource(script={0: Stall(release, BLOCK)})
+    async with flow(tmp_path, source, connections=8, memory_max=SPAN) as way:
+        first = fetch(way, way.stored(1, SIZE), 0, SPAN)
+        await trio.sleep(0.1)  # It has all memory now.
+        asked = []
+        for image, priority in (
+            (2, Priority.READAHEAD), (3, Priority.READAHEAD), (4, Priority.DEMAND), (5, Priority.DEMAND)
+        ):  # fmt: skip
+            asked.append(fetch(way, way.stored(image, SIZE), 0, SPAN, priority))
+            await trio.sleep(0.1)
+        release.set()
+        for flight in (first, *asked):
+            await over(flight)
+        served = sorted(source.requests[1:], key=lambda request: request.first_s)
+        assert [request.image for request in served] == [4, 5, 2, 3]
+        await way.settled()
+
+
+@virtual_time
+async def test_reading_ahead_that_waits_for_memory_is_demand_when_somebody_waits_for_it(tmp_path: Path) -> None:
+    release = trio.Event()
+    source = ScriptedSource(script={0: Stall(release, BLOCK)})
+    async with flow(tmp_path, source, connections=8, memory_max=SPAN) as way, trio.open_nursery() as readers:
+        fetch(way, way.stored(1, SIZE), 0, SPAN)
+        await trio.sleep(0.1)
+        for image in (2, 3):
+            fetch(way, way.stored(image, SIZE), 0, SPAN, Priority.READAHEAD)
+            await trio.sleep(0.1)
+        readers.start_soon(way.read, 3, SIZE, 0, 4096)
+        await trio.sleep(0.1)
+        release.set()
+        await way.settled()
+        served = sorted(source.requests[1:], key=lambda request: request.first_s)
+        assert [request.image for request in served] == [3, 2]
 
 
 # ── The link ──────────────────────────────────────────────────────────────────────────────────────────

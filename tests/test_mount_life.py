@@ -597,8 +597,8 @@ def shape(value: object) -> object:
 
 
 ROW_SHAPE: Final = {
-    "cached": "int", "disk_format": "str", "id": "str", "in_use": "bool", "name": "NoneType", "size": "int",
-    "state": "str", "status": "str",
+    "cached": "int", "disk_format": "str", "id": "str", "in_use": "bool", "name": "NoneType", "pinned": "bool",
+    "size": "int", "state": "str", "status": "str",
 }  # fmt: skip
 
 

@@ -154,9 +154,9 @@ def xattr(path: Path, name: str) -> str:
 def test_extended_attributes(tmp_path: Path, origin: ScriptedOrigin) -> None:
     with Node(tmp_path, origin.url) as node:
         path = node.path(DEBIAN)
-        names = ["id", "name", "disk_format", "state", "cached_bytes", "in_use"]
+        names = ["id", "name", "disk_format", "state", "cached_bytes", "in_use", "pinned"]
         assert sorted(os.listxattr(path)) == sorted(f"user.cachefs.{name}" for name in names)
-        assert [xattr(path, name) for name in names] == [DEBIAN, "debian 13", "qcow2", "absent", "0", "0"]
+        assert [xattr(path, name) for name in names] == [DEBIAN, "debian 13", "qcow2", "absent", "0", "0", "0"]
         with path.open("rb") as file:
             assert xattr(path, "in_use") == "1"
             file.read(1)

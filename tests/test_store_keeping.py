@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from cachefs.errors import Absent
+from cachefs.errors import Absent, StoreError
 from cachefs.plan.extents import PAGE, Extent
 from cachefs.store import format as f
 from cachefs.store.check import check
@@ -123,8 +123,34 @@ def test_eviction_that_cannot_be_committed_frees_nothing_and_says_so(folder: Pat
             await land_all(store, view, content)
             await store.writer.flush()
             edges.arm(Fate.FAIL, Edge.COMMIT)
-            assert await store.evict(spans_of(1, 1)) == 0
+            with pytest.raises(StoreError, match="still there"):
+                await store.evict(spans_of(1, 1))
             assert await read(view, 0, SPAN) == content
+
+    trio.run(main)
+    assert check(folder).sound
+
+
+def test_what_lands_for_a_view_that_is_forgotten_meanwhile_is_nobodys(folder: Path) -> None:
+    async def main() -> None:
+        async with running(folder) as store:
+            view = view_of(store, 1, SPAN)
+            await store.writer.flush()
+            outcome: list[bool] = []
+            store.end_view(view.record.image, ViewKind.ORIGINAL)
+            store.keep(view, 0, memoryview(random_bytes(1, SPAN)), outcome.append)
+            store.forget_view(view.number)
+            store.keep(view, 0, memoryview(random_bytes(1, SPAN)), outcome.append)
+            await store.writer.flush()
+            assert outcome == [True, True], "it holds bytes, so it was not forgotten after all"
+            (again,) = store.views()
+            assert (again.number, again.cached) == (view.number, SPAN)
+            await store.evict(spans_of(1, 1))
+            store.forget_view(view.number)
+            await store.writer.flush()
+            store.keep(view, 0, memoryview(random_bytes(1, SPAN)), outcome.append)
+            await store.writer.flush()
+            assert (outcome[2], store.items(Table.VIEWS)) == (False, [])
 
     trio.run(main)
     assert check(folder).sound
@@ -326,6 +352,23 @@ def test_a_quarantined_chunk_is_not_counted_after_mending(folder: Path) -> None:
     trio.run(main)
     assert check(folder).sound
     assert stores.leaked(folder) == []
+
+
+def test_what_was_seen_on_the_disk_is_believed_whatever_the_page_cache_has(folder: Path) -> None:
+    content = random_bytes(15, SPAN)
+
+    async def main() -> None:
+        async with running(folder) as store:
+            view = view_of(store, 1, SPAN)
+            await land_all(store, view, content)
+            await store.writer.flush()
+            (key, record), *_ = store.items(Table.CHUNKS)
+            chunk_id, chunk = f.split_chunk_key(key), f.Chunk.decode(key, record)
+            assert await store.quarantine([chunk_id], {chunk_id: (chunk.segment, chunk.page + 1)}) == []
+            assert await store.quarantine([chunk_id], {chunk_id: (chunk.segment, chunk.page)}) == [chunk_id]
+            assert await read(view, 0, 1) is None
+
+    trio.run(main)
 
 
 def test_verification_can_be_switched_off(folder: Path) -> None:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from trio.testing import MockClock
 
+from cachefs.errors import StoreError
 from cachefs.plan.extents import PAGE, ceil
 from cachefs.store import format as f
 from cachefs.store.check import check
@@ -82,7 +84,7 @@ class Life:
         self.folder, self.edges = folder, edges
         self.ended = trio.Event()
         self.failure: BaseException | None = None
-        self.store = Store(edges.around(open_store(folder, SPAN)), lambda: UNLIMITED)
+        self.store = Store(edges.around(open_store(folder, SPAN)), lambda: UNLIMITED, health=stores.patient())
 
     async def run(self) -> None:
         try:
@@ -123,7 +125,8 @@ class Life:
         done = trio.Event()
 
         async def finish() -> None:
-            await work()
+            with suppress(StoreError):
+                await work()
             done.set()
 
         async with trio.open_nursery() as nursery:
@@ -235,6 +238,8 @@ class StoreMachine(RuleBasedStateMachine):
     def verify(self) -> None:
         report = check(self.folder)
         damages = [str(finding) for finding in report.findings if finding.severity.value == "damage"]
+        if self.leaks:  # An append that failed, and then what was to make the file as long as its record says.
+            damages = [d for d in damages if "its file ends at" not in d]
         if self.rotted:
             damages = [d for d in damages if "not what its digest says" not in d]
         assert damages == []

@@ -19,7 +19,7 @@ class Sink(Protocol):
         ...
 
     def room_now(self) -> memoryview | None:
-        """The same without waiting; None where `room` would have to wait, or to begin a new piece."""
+        """The same without waiting; None where `room` would have to wait, or nothing more is due."""
         ...
 
     def awaited(self, n: int) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import select
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,13 +37,12 @@ from cachefs.errors import (
 from cachefs.plan.extents import Extent
 from cachefs.sources import Sink, Timing
 from cachefs.sources.auth import AuthOptions
+from cachefs.sources.body import Body
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# One read of the socket: what a fast link has ready at once, so that a piece costs little and comes soon.
-PIECE_BYTES = 1 << 20
 # Handing on costs the loop some 50 us and every other thread Python's lock, so it is done when somebody waits, or
 # when nothing more comes for a moment, and otherwise as seldom as this: who comes next finds most of it there.
 HAND_ON_S, MOMENT_S = 0.005, 0.001
@@ -89,7 +87,7 @@ class Glance:
             headers["Range"] = f"bytes={extent.start}-{extent.end - 1}"
         with self._answer(image, f"/v2/images/{image}/file", headers) as answer:
             self._check(image, size, extent, ranged, answer)
-            first_s = self._pass_on(image, extent.length, answer.raw, sink)
+            first_s = self._pass_on(image, extent.length, Body(answer.raw), sink)
         return Timing(first_s - began_s, time.monotonic() - first_s)
 
     @staticmethod
@@ -114,7 +112,7 @@ class Glance:
             raise OriginLied(image, f"the body is encoded: {answer.headers['Content-Encoding']}")
 
     @staticmethod
-    def _pass_on(image: str, length: int, body: urllib3.BaseHTTPResponse, sink: Sink) -> float:
+    def _pass_on(image: str, length: int, body: Body, sink: Sink) -> float:
         """Gives the body's `length` bytes to `sink`; returns when the first of them came (monotonic)."""
 
         def hand_on(n: int) -> memoryview | None:
@@ -125,22 +123,20 @@ class Glance:
         first_s = handed_s = 0.0
         at = ready = 0
         while at < length:
-            piece = body.read1(min(len(room) - ready, PIECE_BYTES))
+            n = body.read_into(room[ready : ready + length - at])
             now_s = time.monotonic()
             first_s = first_s or now_s
-            if not piece:
+            if not n:
                 raise OriginUnavailable(image, f"the body ended {length - at} bytes early")
-            room[ready : ready + len(piece)] = piece
-            ready += len(piece)
-            at += len(piece)
+            ready += n
+            at += n
             due = now_s >= handed_s + HAND_ON_S or sink.awaited(ready)
-            # At the end the body has no socket any more to ask.
-            if due or at == length or ready == len(room) or not _has_more(body):
+            if due or at == length or ready == len(room) or not body.has_more_within(MOMENT_S):
                 more = trio.from_thread.run_sync(hand_on, ready)
                 ready, handed_s = 0, time.monotonic()
                 if at < length:
                     room = more if more is not None else trio.from_thread.run(sink.room)
-        if body.read1(1):
+        if not body.is_at_end():
             raise OriginLied(image, "the body is longer than what was asked for")
         return first_s
 
@@ -260,13 +256,6 @@ def _shown(client: Client, image: str) -> dict[str, Any]:
     if found.get("id") != image:
         raise OriginUnavailable(image, f"the answer is about {found.get('id')!r}")
     return found
-
-
-def _has_more(body: urllib3.BaseHTTPResponse) -> bool:
-    """Whether the next bytes will be here within a moment that is worth waiting."""
-    asked = select.poll()  # Not select(2), which takes no file beyond the 1024th: segments are open, too.
-    asked.register(body.fileno(), select.POLLIN)
-    return bool(asked.poll(MOMENT_S * 1000))
 
 
 @contextmanager

@@ -13,20 +13,25 @@ import errno
 import logging
 import os
 import threading
+import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
 from cachefs.errors import Absent, RecordCorrupt, StoreError
+from cachefs.plan.compaction import Sealed
+from cachefs.plan.cutting import CHUNK_PAGES_MAX
 from cachefs.plan.extents import PAGE, Extent, ceil, pieces
 from cachefs.store import format as f
 from cachefs.store.format import OriginMode, SpanNo, Table, ViewKind, ViewNo, ViewRecord
+from cachefs.store.health import DiskUnusable, Health, is_disk_fault, read_probe, write_probe
 from cachefs.store.index import MAP_SIZE_FIRST, Index, Snapshot
 from cachefs.store.landing import Landed, Lander
 from cachefs.store.ledger import Ledger
@@ -58,6 +63,14 @@ READ_MAX = 4 << 20
 MAPS_MAX = 16384
 DISK_READS_MAX = 64
 _KEYS_AT_ONCE = 4096
+# Looking up a span's chunks touches some 16 pages of the index.
+_TRIM_EVERY = 256
+# A read that is longer than this is one of many in order: the chunks behind it are verified with it.
+_LONG_READ, _VERIFY_AHEAD = 64 << 10, 4
+_YIELD_S = 0.002
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 _ZEROS = memoryview(bytes(READ_MAX))
 preadv = os.preadv
@@ -143,6 +156,11 @@ class StoredView:
         return self.record.cached >= self.record.size
 
     @property
+    def is_well(self) -> bool:
+        """Whether the disk gives what is here, as far as is known."""
+        return self._store.health.may_look_up
+
+    @property
     def spans(self) -> int:
         """How many spans it has."""
         return (self.record.size + self._mask) >> self._shift
@@ -208,20 +226,23 @@ class StoredView:
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """The bytes, from the disk if need be: one thread hop. Chunks that were not verified since the start are
-        read whole and compared with their digests first. Raises Absent when a byte is not there, or not right."""
+        read whole and compared with their digests first. Raises Absent when a byte is not there, or not right;
+        DiskUnusable when the disk cannot say."""
         whole = Extent(offset, offset + length)
         while True:
-            await self.load(whole)
-            runs = self._runs(whole)
+            runs = await self._load_runs(whole)
             reading = _DiskRead(self._store, self.number, self._shift, whole, runs)
-            await trio.to_thread.run_sync(reading.run, limiter=self._store.disk_reads)
+            await self._store.read_disk("a read", reading.run)
             # What was read may have been replaced and punched meanwhile: believe it only if it still stands.
-            await self.load(whole)
-            if places(self._runs(whole)) == places(runs):
+            if places(await self._load_runs(whole)) == places(runs):
                 self._note_verified(reading.verified)
                 if reading.failed_at is None:
                     return reading.out
                 raise Absent(self.number, reading.failed_at)
+
+    async def _load_runs(self, whole: Extent) -> list[Run]:
+        await self.load(whole)
+        return self._runs(whole)
 
     def _runs(self, whole: Extent) -> list[Run]:
         return [
@@ -244,13 +265,16 @@ class StoredView:
         await done.wait()
 
     async def load(self, extent: Extent) -> None:
-        """Makes sure that the maps of `extent`'s spans are in memory. No checkpoint when they are."""
+        """Makes sure that the maps of `extent`'s spans are in memory. No checkpoint when they are. Raises
+        DiskUnusable when they cannot be read now."""
         while missing := [span for span in self._spans(extent) if span not in self._maps]:
             # One token for all who load at once: each overruling the other, two could go on for ever.
             tokens = {span: self._loading.setdefault(span, object()) for span in missing}
             try:
-                loaded = await trio.to_thread.run_sync(
-                    self._store.load_maps, self.number, missing, self.size, limiter=self._store.disk_reads
+                if not self._store.health.may_look_up:
+                    raise DiskUnusable("the index is left alone while its disk is not well")
+                loaded = await self._store.read_disk(
+                    "a look-up", self._store.load_maps, self.number, missing, self.size
                 )
             finally:
                 valid = [span for span, token in tokens.items() if self._loading.get(span) is token]
@@ -265,6 +289,10 @@ class StoredView:
         """The span that holds the byte at `offset`, cut at the view's end."""
         start = offset & ~self._mask
         return Extent(start, min(start + self._mask + 1, self.size))
+
+    def extent_of(self, span: SpanNo) -> Extent:
+        """The span's bytes, cut at the view's end."""
+        return self.span_of(span << self._shift)
 
     def absent(self, extent: Extent) -> list[Extent]:
         """The blocks of `extent` that are to be fetched, coalesced. Their spans' maps must be loaded; a span
@@ -327,6 +355,8 @@ class _DiskRead:
         self.failed_at: int | None = None
         self.verified: dict[SpanNo, list[Extent]] = {}
         self._unsynced: set[f.SegmentNo] = set()
+        self._span = SpanNo(0)
+        self._buffer = memoryview(b"")  # For one chunk, where chunks are verified.
 
     def run(self) -> None:
         buffer = memoryview(self.out)
@@ -351,37 +381,54 @@ class _DiskRead:
 
     def _verify(self, at: int, out: memoryview) -> int:
         """Fills `out` from offset `at` of the view, all in one span, with bytes of chunks that have their digests;
-        returns how many bytes that were."""
-        span = SpanNo(at >> self._shift)
-        wanted = Extent(at - (span << self._shift), at - (span << self._shift) + len(out))
+        returns how many bytes that were. After a long read some more chunks are verified: who reads in order comes
+        to them next, and each hop to a thread costs more than they do."""
+        base = at & -self._store.span_size
+        wanted = Extent(at - base, at - base + len(out))
+        looked_at = wanted
+        if self._whole.length >= _LONG_READ:
+            looked_at = Extent(wanted.start, wanted.end + self._whole.length * _VERIFY_AHEAD)
+        self._span = SpanNo(base >> self._shift)
+        got, end = 0, 0
         ledger = self._store.writer.ledger
-        page = got = 0
-        for entry in ledger.recipe(self._view, span) or ():
-            extent = Extent(page * PAGE, (page + entry.pages) * PAGE)
-            page += entry.pages
-            if not extent.meets(wanted):
+        for kind, pages, chunk_id in ledger.recipe(self._view, self._span) or ():
+            start, end = end, end + pages * PAGE
+            if end <= looked_at.start:
                 continue
-            chunk = ledger.chunk(entry.chunk) if entry.kind is f.Kind.CHUNK else None
+            if start >= looked_at.end:
+                break
+            chunk = ledger.chunk(chunk_id) if kind is f.Kind.CHUNK else None
             if chunk is None or chunk.rotten:
-                break  # It was a chunk when the map was made: whoever compares will look again.
-            part = extent.clamp(wanted)
-            into = out[part.start - wanted.start : part.end - wanted.start]
-            if entry.chunk in self._store.verified:
-                source = chunk.offset + part.start - extent.start
-                got += self._store.segments.read_into(chunk.segment, source, into)
-            else:
-                stored = memoryview(bytearray(chunk.length))
-                full = self._store.segments.read_into(chunk.segment, chunk.offset, stored) == chunk.length
-                if not full or f.digest_of(stored) != chunk.digest:
-                    break
-                if chunk.segment not in self._unsynced:
-                    self._store.verified.add((entry.chunk,))
-                self.verified.setdefault(span, []).append(extent)
-                into[:] = stored[part.start - extent.start : part.end - extent.start]
-                got += len(into)
-            if got < part.end - wanted.start:
+                if start < wanted.end:
+                    break  # It was a chunk when the map was made: whoever compares will look again.
+                continue
+            part = Extent(start, end).clamp(wanted) if start < wanted.end else Extent(0, 0)
+            into = out[part.start - wanted.start : part.end - wanted.start] if part.length else out[:0]
+            right = self._read_chunk(chunk_id, chunk, Extent(start, end), part, into)
+            got += len(into) if right else 0
+            if not right and start < wanted.end:
                 break
         return got
+
+    def _read_chunk(
+        self, chunk_id: f.ChunkId, chunk: f.Chunk, extent: Extent, part: Extent, into: memoryview
+    ) -> bool:
+        """Reads `part` of the chunk that is `extent` of its span. False when its bytes are not right."""
+        source = chunk.offset + part.start - extent.start
+        if chunk_id in self._store.verified:
+            return not len(into) or self._store.segments.read_into(chunk.segment, source, into) == len(into)
+        if not self._buffer:
+            self._buffer = memoryview(bytearray(CHUNK_PAGES_MAX * PAGE))
+        stored = self._buffer[: chunk.length]
+        full = self._store.segments.read_into(chunk.segment, chunk.offset, stored) == chunk.length
+        if not full or f.digest_of(stored) != chunk.digest:
+            return False
+        if chunk.segment not in self._unsynced:
+            self._store.verified.add((chunk_id,))
+        self.verified.setdefault(self._span, []).append(extent)
+        if len(into):
+            into[:] = stored[part.start - extent.start : part.end - extent.start]
+        return True
 
 
 class Store:
@@ -394,6 +441,7 @@ class Store:
         commit_interval_s: float = 1.0,
         *,
         verify_first_read: bool = True,
+        health: Health | None = None,
     ) -> None:
         self._limits = limits
         self.verified = Verified(everything=not verify_first_read)
@@ -415,6 +463,9 @@ class Store:
         self._next_view = opened.counters.view
         self._next_image = opened.counters.image
         self.read_errors = 0
+        self._looked_up = 0
+        self.health = Health() if health is None else health
+        self.health.on_change = self._health_changed
         room = Room(self.usage)
 
         def lander(ledger: Ledger) -> Lander:
@@ -434,6 +485,7 @@ class Store:
             self._reload,
             self,
             commit_interval_s,
+            self.health.writes.patiently,
         )
 
     @classmethod
@@ -452,7 +504,21 @@ class Store:
         return cls(opened, limits, commit_interval_s, verify_first_read=verify_first_read)
 
     async def run(self) -> None:
-        await self.writer.run()
+        """Until `writer.stop`: everything that was handed over is landed and committed then."""
+        async with trio.open_nursery() as nursery:
+            probes = partial(read_probe, self.segments.files), partial(write_probe, self.path)
+            nursery.start_soon(self.health.run, *probes)
+            await self.writer.run()
+            nursery.cancel_scope.cancel()
+
+    async def read_disk(self, what: str, work: Callable[[*Args], T], *args: *Args) -> T:
+        """What `work` returns, from a thread that may wait for the disk. Raises DiskUnusable when that fails, or
+        takes too long."""
+        return await self.health.reads.attempt(what, work, *args, limiter=self.disk_reads)
+
+    def _health_changed(self) -> None:
+        if not self.health.may_write:
+            self.writer.refuse_queued()
 
     def close(self) -> None:
         self._opened.close()
@@ -499,9 +565,12 @@ class Store:
 
     def keep(self, view: StoredView, offset: int, data: memoryview, done: Callable[[bool], None]) -> None:
         """Lands `data`, which begins on a page at `offset`, ends on one or at the view's end (padded with
-        zeros to a page), and lies in one span. `done(kept)` is called later, on the loop."""
+        zeros to a page), and lies in one span. `done(kept)` is called on the loop, later or at once."""
         assert offset % PAGE == 0, "what lands begins on a page"
         assert len(data) % PAGE == 0, "what lands is whole pages"
+        if not self.health.may_write:
+            self.writer.refuse(Land(view.number, SpanNo(0), 0, data, done))
+            return
         span = SpanNo(offset // self.span_size)
         self.writer.submit(Land(view.number, span, offset - span * self.span_size, data, done))
 
@@ -509,10 +578,13 @@ class Store:
 
     async def evict(self, spans: Sequence[tuple[ViewNo, SpanNo]]) -> int:
         """These spans become absent, whatever holds them. Returns the bytes of segments that were freed, when
-        their space is back."""
-        reply = Reply(0)
+        their space is back. Raises StoreError when that could not be committed."""
+        reply = Reply(-1)
         self.writer.submit(Drop(spans, reply))
-        return await reply.wait()
+        freed = await reply.wait()
+        if freed < 0:
+            raise StoreError("what was to be evicted is still there: it could not be committed")
+        return freed
 
     async def mend(self, spans: Sequence[tuple[ViewNo, SpanNo]]) -> int:
         """What of these spans is in chunks that are missing or rotten becomes absent. Returns how many changed."""
@@ -520,10 +592,13 @@ class Store:
         self.writer.submit(Mend(spans, reply))
         return await reply.wait()
 
-    async def quarantine(self, chunks: Sequence[f.ChunkId]) -> list[f.ChunkId]:
-        """Looks at these chunks again; returns those that are rotten, which nobody will read again."""
+    async def quarantine(
+        self, chunks: Sequence[f.ChunkId], seen: Mapping[f.ChunkId, tuple[f.SegmentNo, int]] | None = None
+    ) -> list[f.ChunkId]:
+        """Looks at these chunks again; returns those that are rotten, which nobody will read again. Those that
+        were `seen` to be rotten on the disk, at a segment and page, are if they still lie there."""
         reply: Reply[list[f.ChunkId]] = Reply([])
-        self.writer.submit(Quarantine(chunks, reply))
+        self.writer.submit(Quarantine(chunks, seen or {}, reply))
         return await reply.wait()
 
     async def move(self, chunks: Sequence[f.ChunkId], sources: frozenset[f.SegmentNo]) -> int:
@@ -532,19 +607,42 @@ class Store:
         self.writer.submit(Move(chunks, sources, reply))
         return await reply.wait()
 
+    def sealed_segments(self) -> tuple[dict[f.SegmentNo, Sealed], int]:
+        """The segments to which nothing is appended, and the bytes of the chunks in all; for a thread."""
+        records = dict(self.writer.ledger.segments)
+        appended_to = self.writer.lander.appended_to
+        sealed = {
+            segment: Sealed(record.end, record.live, self.segments.extents(segment))
+            for segment, record in records.items()
+            if segment != appended_to
+        }
+        return sealed, sum(record.live for record in records.values())
+
+    def chunks_in(self, segments: Set[f.SegmentNo]) -> list[f.ChunkId]:
+        """The committed chunks that lie in `segments`; for a thread. Looks at all there are."""
+        found: list[f.ChunkId] = []
+        key = b""
+        while True:
+            with self._index.reading() as snapshot:
+                records = snapshot.records(Table.CHUNKS, key, _KEYS_AT_ONCE)
+            if not records:
+                return found
+            found.extend(f.split_chunk_key(key) for key, record in records if f.segment_of(record) in segments)
+            key = records[-1][0]
+            time.sleep(_YIELD_S)  # Python's lock to others.
+
     async def remove_lifeless(self) -> int:
         """Removes the segments in which no chunk lies. Returns how many."""
         segments = self.writer.lander.lifeless()
         if not segments:
             return 0
-        await self._forget_segments(frozenset(segments))
+        await self.forget_segments(frozenset(segments))
         reply = Reply(0)
         self.writer.submit(Remove(segments, reply))
         return await reply.wait()
 
-    async def _forget_segments(self, segments: frozenset[f.SegmentNo]) -> None:
-        """No map names any of these segments afterwards: chunks that were moved may have left some behind. New
-        maps come from the ledger, which names them no more."""
+    async def forget_segments(self, segments: frozenset[f.SegmentNo]) -> None:
+        """No map that is here now names any of these segments afterwards. New ones come from the ledger."""
         names = segments | {unverified(segment) for segment in segments}
         for view in list(self._views.values()):
             view.forget_maps_of(names)
@@ -556,6 +654,15 @@ class Store:
         if found is not None and found.record.kind is ViewKind.ENDED and not found.cached:
             del self._views[view]
             self.writer.submit(DropView(view))
+
+    async def flush(self) -> None:
+        """Returns when everything that was handed over before is durable, or was given up."""
+        await self.writer.flush()
+
+    @property
+    def index(self) -> Index:
+        """For the scrubber, which looks at all of it."""
+        return self._index
 
     def no_room(self) -> None:
         """The answer to `on_full` when nothing can be evicted."""
@@ -631,6 +738,10 @@ class Store:
     def load_maps(self, view: ViewNo, spans: Sequence[SpanNo], size: int) -> dict[SpanNo, SpanMap]:
         """The maps of spans, from the ledger and the index below it; runs in a thread."""
         ledger = self.writer.ledger
+        self._looked_up += len(spans)
+        if self._looked_up >= _TRIM_EVERY:  # Threads may lose count; one of the next ones has it.
+            self._looked_up = 0
+            self._index.trim()
         maps = {}
         for span in spans:
             recipe = ledger.recipe(view, span)
@@ -656,7 +767,10 @@ class Store:
 
     def published(self, landed: Iterable[Landed]) -> None:
         for span in landed:
-            self._views[span.view].publish(span)
+            view = self._views.get(span.view)
+            if view is None:  # It was forgotten while this was on its way: somebody has to evict it again.
+                view = self._add_view(span.view, self.writer.ledger.views[span.view])
+            view.publish(span)
 
     def committed(self, chunks: Iterable[f.ChunkId]) -> None:
         self.verified.add(chunks)
@@ -671,6 +785,10 @@ class Store:
         if self.on_full is not None:
             self.on_full(wanted)
         return self.on_full is not None
+
+    def failed(self, error: OSError) -> None:
+        if is_disk_fault(error):
+            self.health.writes.note_error(f"landing: {error.strerror}")
 
     def rot_found(self, chunks: Sequence[f.ChunkId]) -> None:
         self._forget_maps()
@@ -712,16 +830,19 @@ class Store:
     def totals(self) -> dict[str, Any]:
         """For `status`; asks the filesystem, so not for a hot path. Bytes unless said otherwise."""
         lander = self.writer.lander
+        usage = self.usage()
         return {
             "path": str(self.path),
             "segments": len(self.segments.files),
-            "bytes_on_disk": self.segments.blocks_bytes(),
-            "bytes_free": self.segments.free_bytes(),
+            "bytes_on_disk": usage.used,
+            "bytes_limit": usage.limit,
+            "bytes_free": usage.free,
             "bytes_cached": sum(view.cached for view in self.views()),
             "bytes_landed": lander.bytes_landed,
             "bytes_shared": lander.bytes_shared,
             "bytes_zero": lander.bytes_zero,
             "bytes_not_kept": self.writer.not_kept_bytes,
+            "disk": self.health.status(),
             "rotten_chunks_found": lander.rotten_found,
             "read_errors": self.read_errors,
             "commits": self.writer.commits,

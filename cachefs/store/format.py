@@ -312,6 +312,11 @@ class Chunk:
         return cls(SegmentNo(segment), page, pages, digest, refs, flags)
 
 
+def segment_of(record: bytes) -> SegmentNo:
+    """Where a chunk's record says that it lies. Unsealed: for looking over very many; decode what is believed."""
+    return SegmentNo(int.from_bytes(record[:4], "little"))
+
+
 def chunk_key(chunk: ChunkId) -> bytes:
     return _CHUNK_KEY.pack(chunk)
 

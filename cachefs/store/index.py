@@ -126,6 +126,13 @@ class Snapshot:
                 return
             yield bytes(key), bytes(value)
 
+    def records(self, table: Table, after: bytes, most: int) -> list[tuple[bytes, bytes]]:
+        """At most `most` (key, record) of `table`, in order, whose keys come after the key `after`."""
+        cursor = self._txn.cursor(self._tables[table])
+        if not cursor.set_range(after + b"\0"):
+            return []
+        return [(bytes(key), bytes(value)) for key, value in islice(cursor.iternext(), most)]
+
     def keys(self, table: Table, after: bytes, most: int) -> list[bytes]:
         """At most `most` keys of `table`, in order, that come after the key `after`."""
         cursor = self._txn.cursor(self._tables[table])
@@ -135,7 +142,7 @@ class Snapshot:
 
 
 class Index:
-    """One LMDB environment. Thread-safe; `commit` and `trim` are to be called by one thread at a time."""
+    """One LMDB environment. Thread-safe; `commit` is to be called by one thread at a time."""
 
     _trimmed_at: tuple[int, int] | None = None  # Where the map lies in memory, once that was looked up.
 
@@ -180,13 +187,17 @@ class Index:
     @contextmanager
     def reading(self) -> Iterator[Snapshot]:
         """A snapshot for the length of a `with`, in which nothing awaits and nothing waits for the disk."""
+        with self._in_use(), self._env.begin() as txn:
+            yield Snapshot(txn, self._tables)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
         with self._gate:
             while self._closed:
                 self._gate.wait()
             self._readers += 1
         try:
-            with self._env.begin() as txn:
-                yield Snapshot(txn, self._tables)
+            yield
         finally:
             with self._gate:
                 self._readers -= 1
@@ -286,12 +297,13 @@ class Index:
     def trim(self) -> None:
         """Lets the process forget which pages of the map it has touched: they stay in the kernel's cache, and
         count as this process's memory again only when they are looked at. Otherwise the index of a large store
-        would count whole, sooner or later."""
-        if self._trimmed_at is None:
-            self._trimmed_at = _mapping_of(self.path / "data.mdb")
-        start, length = self._trimmed_at
-        if length:
-            _libc.madvise(start, length, _MADV_DONTNEED)
+        would count whole, sooner or later. From any thread."""
+        with self._in_use():  # So long the map stays where it is.
+            if self._trimmed_at is None:
+                self._trimmed_at = _mapping_of(self.path / "data.mdb")
+            start, length = self._trimmed_at
+            if length:
+                _libc.madvise(start, length, _MADV_DONTNEED)
 
     def blocks_bytes(self) -> int:
         """What the index occupies on its filesystem."""

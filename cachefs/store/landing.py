@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -87,6 +88,11 @@ class Lander:
     def continue_segment(self, segment: SegmentNo | None) -> None:
         """Appends go to `segment` next; to a new one when None."""
         self._segment = segment
+
+    @property
+    def appended_to(self) -> SegmentNo | None:
+        """The segment to which bytes are appended now."""
+        return self._segment
 
     def span_pages(self, view: ViewNo, span: SpanNo) -> int:
         size = self._ledger.views[view].size
@@ -174,10 +180,14 @@ class Lander:
         span_map = SpanMap.of(recipe, self._ledger.chunk, self._verified.__contains__)
         return Landed(view, span, span_map, self._ledger.views[view].cached), freed
 
-    def quarantine(self, chunk_id: ChunkId) -> bool:
-        """Looks at a chunk again; whether it is rotten."""
+    def quarantine(self, chunk_id: ChunkId, seen: tuple[SegmentNo, int] | None) -> bool:
+        """Looks at a chunk again; whether it is rotten. That is believed without a look where somebody has `seen` it
+        on the disk at this segment and page: the page cache may still have what the disk has lost."""
         chunk = self._ledger.chunk(chunk_id)
-        return chunk is not None and (chunk.rotten or not self._check(chunk_id, chunk, self._read(chunk)))
+        if chunk is None or chunk.rotten:
+            return chunk is not None
+        believed = seen == (chunk.segment, chunk.page)
+        return not self._check(chunk_id, chunk, b"" if believed else self._read(chunk))
 
     # ── moving ──
 
@@ -311,6 +321,8 @@ class Lander:
         except OSError:
             self._ledger.advance(segment, offset + total)
             self._ledger.abandon_bytes(Punch(segment, offset, total))
+            with suppress(OSError):  # A file that is as long as its record says looks like one that lost nothing.
+                self._segments.truncate(segment, offset + total)
             raise
         self._ledger.advance(segment, offset + total)
         return segment, offset

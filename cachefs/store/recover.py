@@ -1,6 +1,9 @@
 """Opening a store after anything: what a crash leaves behind, and how it is put right. Rule: only what the
 index does not vouch for is ever removed.
 
+A record that every start needs and that has rotted is repaired, by what the other records say (`repair`). An index
+that cannot be read as such is set aside with its segments (`aside`), and a new store begun.
+
 A crash can leave three things. Bytes beyond a segment's committed end: cut off. Files of segments that were
 never committed: removed. Notes of punches that were not done, or not noted as done: done (again; a punch of
 a hole is a hole). Nothing else needs repair, because every commit is whole or not there (design §5).
@@ -8,16 +11,18 @@ a hole is a hole). Nothing else needs repair, because every commit is whole or n
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from cachefs.errors import RecordCorrupt, StoreFormat, StoreLocked, StoreUnusable
+from cachefs.errors import StoreUnreadable, StoreUnusable
 from cachefs.store import format as f
+from cachefs.store.aside import set_aside, why_unreadable
+from cachefs.store.check import Report, is_unmade, look, read_store_record
+from cachefs.store.folder import INDEX, SEGMENTS, StoreLock, make_folder, make_parts, require_own, require_store
 from cachefs.store.format import (
     SEGMENT_SIZE,
     SPAN_SIZE_DEFAULT,
@@ -32,35 +37,15 @@ from cachefs.store.format import (
     ViewNo,
     ViewRecord,
 )
-from cachefs.store.index import MAP_SIZE_FIRST, Index, WriteSet
-from cachefs.store.segments import Segments
+from cachefs.store.index import MAP_SIZE_FIRST, Index, WriteSet, index_faults
+from cachefs.store.repair import Repaired, repair
+from cachefs.store.segments import Segments, sync_folder
+from cachefs.store.survey import UNDECODABLE, Survey, decode_segment, decode_view
 
 log = logging.getLogger(__name__)
 
-LOCK, INDEX, SEGMENTS = "lock", "index", "segments"
-
-
-class StoreLock:
-    """Holds `<store>/lock` for this process: a second daemon is refused, a dead one's lock is gone with it."""
-
-    def __init__(self, folder: Path) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            self._file = os.open(folder / LOCK, flags, 0o600)
-        except OSError as error:
-            raise StoreUnusable(str(folder), f"cannot be locked: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "another process"
-            os.close(self._file)
-            raise StoreLocked(str(folder), f"in use by process {holder}") from None
-        with suppress(OSError):  # A full disk: the number is only for who is refused.
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        os.close(self._file)
+# So many holders in a row that came to no orderly end, and the next start looks at every page of the index.
+CRASHES_MAX = 2
 
 
 @dataclass
@@ -90,54 +75,100 @@ def open_store(folder: Path, span_size: int | None = None, map_size: int = MAP_S
     gets, and what an old one must have. Raises StoreUnusable or one of its kinds."""
     make_folder(folder)
     # Before the lock, whose file a foreign folder may have too.
-    names = set(os.listdir(folder))
-    if INDEX not in names and names - {LOCK, SEGMENTS}:
-        raise StoreFormat(str(folder), "the folder is not empty and holds no cachefs store")
+    require_store(folder, empty_will_do=True)
     lock = StoreLock(folder)
-    index: Index | None = None
-    segments = Segments(folder / SEGMENTS)
     try:
-        (folder / INDEX).mkdir(mode=0o700, exist_ok=True)
-        (folder / SEGMENTS).mkdir(mode=0o700, exist_ok=True)
-        index = Index(folder / INDEX, map_size)
-        record = _store_record(index, folder, span_size)
-        return _recover(folder, lock, index, segments, record)
-    except BaseException as error:
-        segments.close()
-        if index is not None:
-            index.close()
+        with _refusing(folder):
+            return _open_or_set_aside(folder, lock, span_size, map_size)
+    except BaseException:
         lock.release()
-        if isinstance(error, RecordCorrupt | OSError):
-            raise StoreUnusable(str(folder), str(error)) from error
         raise
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the store's folder, and refuses one that this user does not own or cannot use."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreUnusable(str(folder), f"cannot be made: {error.strerror}") from error
+def repair_store(folder: Path) -> tuple[Report, Repaired, bool]:
+    """Verifies the store in `folder` and repairs what is wrong: what was found, what was done, and whether the
+    store is sound now. Raises StoreUnusable or one of its kinds for what cannot be looked at."""
     require_own(folder)
-
-
-def require_own(folder: Path) -> None:
-    """Refuses a folder that this user does not own or cannot use."""
+    require_store(folder, empty_will_do=False)
+    lock = StoreLock(folder)
     try:
-        owner = folder.stat().st_uid
-    except OSError as error:
-        raise StoreUnusable(str(folder), f"cannot be used: {error.strerror}") from error
-    if owner != os.geteuid():
-        raise StoreUnusable(str(folder), f"belongs to user {owner}, and this is user {os.geteuid()}")
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        raise StoreUnusable(str(folder), "cannot be read and written by this user")
+        with _refusing(folder):
+            report, survey = look(folder)
+            if survey is None and report.sound:
+                return report, Repaired(), True
+            if survey is None:  # The daemon begins the new store: it knows the size of its spans.
+                return report, Repaired(aside=str(set_aside(folder, report.findings[0].what))), True
+            done = _repair(folder, survey, MAP_SIZE_FIRST)
+            return report, done, not done or look(folder, bytes_too=False)[0].sound
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """What the disk and the records raise, as one clear line."""
+    try:
+        with index_faults(folder):
+            yield
+    except (OSError, *UNDECODABLE) as error:
+        raise StoreUnusable(str(folder), str(error)) from error
+
+
+def _open_or_set_aside(folder: Path, lock: StoreLock, span_size: int | None, map_size: int) -> Opened:
+    # Whatever killed the last holders may lie in a page that they all came to.
+    thorough = lock.crashes >= CRASHES_MAX
+    reason = why_unreadable(folder, thorough=thorough)
+    if reason is None:
+        if thorough:
+            lock.begin_count_anew()
+        try:
+            return _open_or_repair(folder, lock, span_size, map_size)
+        except StoreUnreadable as error:
+            reason = error.reason
+    set_aside(folder, reason)
+    return _open(folder, lock, span_size, map_size)
+
+
+def _open_or_repair(folder: Path, lock: StoreLock, span_size: int | None, map_size: int) -> Opened:
+    try:
+        return _open(folder, lock, span_size, map_size)
+    except UNDECODABLE as error:
+        trouble = error
+    log.error("store %s: %s: the index is repaired, without a look at the bytes", folder, trouble)
+    report, survey = look(folder, bytes_too=False)
+    if survey is None:
+        raise StoreUnreadable(str(folder), report.findings[0].what)
+    done = _repair(folder, survey, map_size)
+    log.warning("store %s is repaired: %s", folder, done)
+    return _open(folder, lock, span_size, map_size)
+
+
+def _repair(folder: Path, survey: Survey, map_size: int) -> Repaired:
+    with closing(Index(folder / INDEX, map_size)) as index:
+        return repair(folder, index, survey)
+
+
+def _open(folder: Path, lock: StoreLock, span_size: int | None, map_size: int) -> Opened:
+    """Raises one of UNDECODABLE for a record that every start needs, and StoreUnreadable."""
+    index: Index | None = None
+    segments = Segments(folder / SEGMENTS)
+    try:
+        make_parts(folder)
+        with index_faults(folder):
+            index = Index(folder / INDEX, map_size)
+            record = _store_record(index, folder, span_size)
+            return _recover(folder, lock, index, segments, record)
+    except BaseException:
+        segments.close()
+        if index is not None:
+            index.close()
+        raise
 
 
 def _store_record(index: Index, folder: Path, span_size: int | None) -> StoreRecord:
     with index.reading() as snapshot:
-        found = snapshot.get(Table.META, f.STORE_KEY)
-    if found is not None:
-        record = StoreRecord.decode(found, str(folder))
+        record = None if is_unmade(folder, snapshot) else read_store_record(snapshot, folder)
+    if record is not None:
         if span_size is not None and span_size != record.span_size:
             raise StoreUnusable(
                 str(folder),
@@ -153,6 +184,7 @@ def _store_record(index: Index, folder: Path, span_size: int | None) -> StoreRec
     writes.put(Table.META, f.STORE_KEY, record.encode())
     writes.put(Table.META, f.COUNTERS_KEY, Counters().encode())
     index.commit(writes)
+    sync_folder(folder / INDEX)  # LMDB syncs its file, and not the name.
     return record
 
 
@@ -160,11 +192,11 @@ def _recover(folder: Path, lock: StoreLock, index: Index, segments: Segments, re
     with index.reading() as snapshot:
         counters = Counters.decode(snapshot.get(Table.META, f.COUNTERS_KEY) or b"")
         views = {
-            ViewNo(int.from_bytes(key, "big")): ViewRecord.decode(key, value)
+            ViewNo(int.from_bytes(key, "big")): decode_view(key, value)
             for key, value in snapshot.items(Table.VIEWS)
         }
         records = {
-            SegmentNo(int.from_bytes(key, "big")): SegmentRecord.decode(key, value)
+            SegmentNo(int.from_bytes(key, "big")): decode_segment(key, value)
             for key, value in snapshot.items(Table.SEGMENTS)
         }
         punches = [Punch.decode(key, value) for key, value in snapshot.items(Table.PUNCHES)]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
+import struct
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +24,8 @@ from cachefs.store.format import Punch, SegmentNo, segment_name
 log = logging.getLogger(__name__)
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
+# linux/fiemap.h: start, length, flags, extents mapped, room for extents (0: only count them), reserved.
+_FS_IOC_FIEMAP, _FIEMAP = 0xC020660B, struct.Struct("=QQIIII")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
@@ -46,7 +50,6 @@ class Segments:
         self.last = SegmentNo(0)
         self._lock = threading.Lock()
         self._reading: Counter[int] = Counter()  # Threads, by descriptor.
-        self.read_errors = 0
         self._retired: set[int] = set()  # Descriptors of removed files: their space may not be back yet.
 
     # ── opening ──
@@ -133,19 +136,15 @@ class Segments:
             return b"" if file is None else os.pread(file, length, offset)
 
     def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> int:
-        """Fills `buffer`; returns how many bytes it got, which is less where the file ends or the disk fails. May
-        wait for the disk."""
+        """Fills `buffer`; returns how many bytes it got, which is less where the file ends. May wait for the disk.
+        Raises OSError when that fails."""
         got = 0
         with self._held(segment) as file:
-            try:
-                while file is not None and got < len(buffer):
-                    n = os.preadv(file, (buffer[got:],), offset + got)
-                    if n == 0:
-                        break
-                    got += n
-            except OSError as error:
-                log.error("%s, offset %d: %s", segment_name(segment), offset + got, error.strerror)
-                self.read_errors += 1
+            while file is not None and got < len(buffer):
+                n = os.preadv(file, (buffer[got:],), offset + got)
+                if n == 0:
+                    break
+                got += n
         return got
 
     # ── durability and space ──
@@ -173,6 +172,17 @@ class Segments:
 
     def size(self, segment: SegmentNo) -> int:
         return os.fstat(self.files[segment]).st_size
+
+    def extents(self, segment: SegmentNo) -> int:
+        """In how many pieces the file lies on the disk; 0 where the filesystem does not say."""
+        request = bytearray(_FIEMAP.pack(0, (1 << 64) - 1, 0, 0, 0, 0))
+        with self._held(segment) as file:
+            try:
+                if file is not None:
+                    fcntl.ioctl(file, _FS_IOC_FIEMAP, request)
+            except OSError:
+                return 0
+        return int(_FIEMAP.unpack(request)[3])
 
     def blocks_bytes(self) -> int:
         """What the segments really occupy, by the filesystem's own count; those that were removed count until

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
@@ -124,6 +124,7 @@ class Quarantine:
     """Looks at chunks again. `reply`: those that are rotten, and will not be read again."""
 
     chunks: Sequence[ChunkId]
+    seen: Mapping[ChunkId, tuple[SegmentNo, int]]  # Where somebody saw on the disk that they are: segment, page.
     reply: Reply[list[ChunkId]]
 
 
@@ -189,9 +190,19 @@ class Readers(Protocol):
     def committed(self, chunks: Iterable[ChunkId]) -> None:
         """These new chunks are durable."""
 
+    def failed(self, error: OSError) -> None:
+        """The disk did not take what was to be landed."""
+
     def full(self, wanted: int) -> bool:
         """There is no room for `wanted` bytes. Whether somebody makes some, or says `no_room`."""
         ...
+
+
+InThread = Callable[..., Awaitable[Any]]
+
+
+async def _in_thread(what: str, work: Callable[..., Any], *args: Any) -> Any:
+    return await trio.to_thread.run_sync(work, *args)
 
 
 @dataclass
@@ -218,7 +229,7 @@ class _Outcome:
     short: list[Land] = field(default_factory=list)  # There was no room for them.
     told: list[Callable[[], None]] = field(default_factory=list)
     asked: list[tuple[Reply[int], int]] = field(default_factory=list)  # Told when it is committed.
-    trouble: Exception | None = None
+    trouble: OSError | None = None
 
     def publish(self, *landed: Landed) -> None:
         """The latest of a view comes last: it has the right total."""
@@ -229,7 +240,8 @@ class _Outcome:
 
 class Writer:
     """`submit` hands over work in order; `run` is the task. `idle_s` is the longest that landed bytes stay
-    uncommitted (seconds). `reload` gives a ledger of the committed state, for going back to it."""
+    uncommitted (seconds). `reload` gives a ledger of the committed state, for going back to it. `in_thread` runs
+    what it is given to its end in a thread, under the name that comes first."""
 
     def __init__(
         self,
@@ -240,7 +252,9 @@ class Writer:
         reload: Callable[[], Ledger],
         readers: Readers,
         commit_interval_s: float = 1.0,
+        in_thread: InThread = _in_thread,
     ) -> None:
+        self._in_thread = in_thread
         self._index, self._segments, self._readers = index, segments, readers
         self._ledger, self._make_lander, self._reload = ledger, lander, reload
         self._lander = lander(ledger)
@@ -287,7 +301,7 @@ class Writer:
         self._held_until_s = float("inf")
         self._note_trouble(StoreFull(sum(len(land.data) for land in held)))
         for land in held:
-            self._refuse(land)
+            self.refuse(land)
 
     def room_again(self) -> None:
         """Space came back: what met the limit is tried again, before what came after it."""
@@ -295,6 +309,14 @@ class Writer:
         self._held.clear()
         self._held_until_s = float("inf")
         self._wake.set()
+
+    def refuse_queued(self) -> None:
+        """Nothing is kept now: memory that waits for the disk is needed by who waits for bytes."""
+        lands = [command for command in (*self._queue, *self._held) if isinstance(command, Land)]
+        self._queue = deque(command for command in self._queue if not isinstance(command, Land))
+        self._held.clear()
+        for land in lands:
+            self.refuse(land)
 
     def submit(self, command: Command) -> None:
         """In order, without waiting: whoever lands bytes keeps them within a bound of its own until `done`."""
@@ -392,7 +414,7 @@ class Writer:
         keep = trio.current_time() >= self._resume_s
         self._landing = True
         try:
-            outcome = await trio.to_thread.run_sync(self._land_all, group, keep)
+            outcome: _Outcome = await self._in_thread("landing", self._land_all, group, keep)
         except Exception as error:  # A bug in landing costs what had landed since the commit, not the mount.
             log.exception("unexpected failure of landing: going back to what is committed")
             self._give_up_group(group)
@@ -404,6 +426,7 @@ class Writer:
                 self._sealed_is_committed = False
                 self._ledger.committed()
         if outcome.trouble is not None:
+            self._readers.failed(outcome.trouble)
             self._note_trouble(outcome.trouble)
         elif keep and outcome.landed:
             self._note_trouble(None)
@@ -415,14 +438,15 @@ class Writer:
         for land in outcome.kept:
             land.done(True)
         for land in outcome.refused:
-            self._refuse(land)
+            self.refuse(land)
         for tell in outcome.told:
             tell()
         self._asked.extend(outcome.asked)
         if outcome.short:
             self._hold(outcome.short)
 
-    def _refuse(self, land: Land) -> None:
+    def refuse(self, land: Land) -> None:
+        """Its bytes are not kept."""
         self.not_kept_bytes += len(land.data)
         land.done(False)
 
@@ -492,8 +516,9 @@ class Writer:
                 done = [found for span in spans if (found := self._lander.mend(*span)) is not None]
                 out.publish(*(landed for landed, _ in done))
                 out.told.append(partial(reply.set, len(done)))
-            case Quarantine(chunks, bad):
-                out.told.append(partial(bad.set, [chunk for chunk in chunks if self._lander.quarantine(chunk)]))
+            case Quarantine(chunks, seen, bad):
+                rotten = [chunk for chunk in chunks if self._lander.quarantine(chunk, seen.get(chunk))]
+                out.told.append(partial(bad.set, rotten))
             case Move(chunks, sources, reply):
                 try:
                     out.asked.append((reply, self._lander.move(chunks, sources)))
@@ -531,7 +556,7 @@ class Writer:
 
     async def _commit(self, layer: Layer, writes: WriteSet, told: _Told) -> None:
         try:
-            await trio.to_thread.run_sync(self._commit_in_thread, layer, writes)
+            await self._in_thread("a commit", self._commit_in_thread, layer, writes)
         except (OSError, CachefsError) as error:
             self._commit_failed = error
             self._told_of_failure.append(told)  # When the readers were: see `_go_back`.
@@ -552,12 +577,12 @@ class Writer:
     async def _give_back_space(self, layer: Layer) -> None:
         # The chunks that this commit freed are in no recipe and no reader's map: `published` saw to it.
         if layer.punches:
-            self._queue.appendleft(_Punched(await trio.to_thread.run_sync(self._punch, layer.punches)))
+            self._queue.appendleft(_Punched(await self._in_thread("punching", self._punch, layer.punches)))
         if layer.removed:
             for segment in layer.removed:
                 self._segments.retire(segment)
             try:
-                await trio.to_thread.run_sync(self._segments.remove_retired, layer.removed)
+                await self._in_thread("removing segments", self._segments.remove_retired, layer.removed)
             except OSError as error:
                 log.error("a segment that holds nothing cannot be removed, until the next start: %s", error)
         if self._held and (layer.punches or layer.removed):
@@ -586,7 +611,7 @@ class Writer:
         error, self._commit_failed = self._commit_failed, None
         assert error is not None
         lost = self._ledger
-        self._ledger = await trio.to_thread.run_sync(self._reload)
+        self._ledger = await self._in_thread("reading the index", self._reload)
         self._ledger.take_over(lost)
         self._lander = self._make_lander(self._ledger)
         self._first_uncommitted_s = trio.current_time()
@@ -598,7 +623,7 @@ class Writer:
         self._told_of_failure.clear()
         _Told([], self._asked).all(failed=True)  # What they asked for went with the layer.
         self._asked.clear()
-        await trio.to_thread.run_sync(self._cut_lost, lost)
+        await self._in_thread("cutting off what is lost", self._cut_lost, lost)
 
     def _give_up_group(self, group: list[Command]) -> None:
         """Nothing of it landed; what is neither bytes nor asked for is done again (it may be done twice)."""
@@ -618,7 +643,7 @@ class Writer:
         """Tells whoever waits for `command` that nothing came of it; False when nobody waits."""
         match command:
             case Land():
-                self._refuse(command)
+                self.refuse(command)
             case Doubt() | _Flush():
                 command.done.set()
             case Drop() | Mend() | Quarantine() | Move() | Remove():

@@ -1,0 +1,70 @@
+"""What eviction leaves over: segments in which little or nothing lives. Rule: of what is alive it changes the
+place, never the bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from cachefs.plan import compaction
+from cachefs.store.content import Store
+from cachefs.store.format import ChunkId, SegmentNo
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 60.0
+# A pass looks at every chunk's record.
+COMPACT_EVERY_S = 3600.0
+# Chunks that move in one go (about 4 MiB), and how fast they do.
+BATCH = 64
+BYTES_PER_S = 64 << 20
+
+
+class Compactor:
+    """`run` is its task. `busy` tells whether guests wait, or the disk is not well."""
+
+    def __init__(self, store: Store, busy: Callable[[], bool]) -> None:
+        self._store, self._busy = store, busy
+        self.moved_bytes = self.removed_segments = 0  # Since the start, for `status`.
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled."""
+        task_status.started()
+        compacted_s = trio.current_time()
+        while True:
+            await trio.sleep(LOOK_S)
+            try:
+                self.removed_segments += await self._store.remove_lifeless()
+                if trio.current_time() >= compacted_s + COMPACT_EVERY_S:
+                    compacted_s = trio.current_time()
+                    await self.compact()
+            except Exception:  # It costs some descriptors until the next look, not the mount.
+                log.exception("unexpected failure of compaction")
+
+    async def compact(self) -> int:
+        """One pass: moves what lives in segments that are worth it, and removes them. Returns how many went."""
+        sealed, live = await trio.to_thread.run_sync(self._store.sealed_segments)
+        sources = frozenset(compaction.worth_moving(sealed, live))
+        if not sources:
+            return 0
+        chunks = await trio.to_thread.run_sync(self._store.chunks_in, sources)
+        moved = await self._move(chunks, sources)
+        removed = await self._store.remove_lifeless()
+        self.removed_segments += removed
+        log.info("compacted %d segments: %d MiB moved, %d removed", len(sources), moved >> 20, removed)
+        return removed
+
+    async def _move(self, chunks: list[ChunkId], sources: frozenset[SegmentNo]) -> int:
+        moved = 0
+        for first in range(0, len(chunks), BATCH):
+            while self._busy():  # noqa: ASYNC110  # Nobody could set an event: it is a look at several things.
+                await trio.sleep(1)
+            began_s = trio.current_time()
+            done = await self._store.move(chunks[first : first + BATCH], sources)
+            moved += done
+            self.moved_bytes += done
+            await trio.sleep_until(began_s + done / BYTES_PER_S)
+        return moved

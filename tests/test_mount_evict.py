@@ -1,0 +1,104 @@
+"""`pin`, `unpin`, `evict` and a small store, with a real daemon: what a node's operator sees and relies on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from cachefs.store.check import check
+from tests.node import Node, read_buffered, read_direct
+from tests.origin import OriginImage, ScriptedOrigin, pattern
+
+pytestmark = pytest.mark.mount
+
+MIB = 1 << 20
+SIZE: Final = 48 * MIB
+A, B, C = (f"40000000-0000-4000-8000-00000000000{n}" for n in (1, 2, 3))
+SEEDS: Final = {A: 1, B: 2, C: 3}
+UNKNOWN: Final = "40000000-0000-4000-8000-00000000dead"
+
+
+BYTES = pattern(8 * SIZE)
+
+
+def content(image: str, offset: int, length: int) -> bytes:
+    return BYTES(SEEDS[image] * SIZE + offset, min(length, SIZE - offset))
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[ScriptedOrigin]:
+    with ScriptedOrigin(OriginImage(image, None, SIZE, partial(content, image)) for image in SEEDS) as running:
+        yield running
+
+
+def told(node: Node, *words: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(node.cli(*words, "--json").stdout)
+    return found
+
+
+def fill(node: Node, image: str) -> None:
+    for offset in range(0, SIZE, MIB):
+        assert read_direct(node.path(image), offset, MIB) == content(image, offset, MIB)
+
+
+def cached(node: Node, image: str) -> int:
+    (row,) = (row for row in json.loads(node.cli("images", "--json").stdout) if row["id"] == image)
+    return int(row["cached"])
+
+
+def test_what_is_pinned_or_open_is_not_evicted_and_the_rest_is(origin: ScriptedOrigin, tmp_path: Path) -> None:
+    with Node(tmp_path, origin.url) as node:
+        fill(node, A)
+        fill(node, B)
+        pinned = node.cli("pin", A)
+        assert (pinned.returncode, pinned.stdout, pinned.stderr) == (0, f"{A}: pinned, 48.0 MiB\n", "")
+        done = node.cli("evict", A, B, UNKNOWN, "nonsense")
+        assert done.returncode == 1
+        assert (
+            done.stderr
+            == f"cachefs: image {A} is not evicted: it is pinned\ncachefs: NoEntry: nonsense is no image id\n"
+        )
+        assert done.stdout == f"{B}: 48.0 MiB freed\n{UNKNOWN}: 0 B freed\n"
+        assert (cached(node, A), cached(node, B)) == (SIZE, 0)
+        assert read_buffered(node.path(B), 0, 4096) == content(B, 0, 4096), "it comes again"
+        # Over a restart, too.
+        node.stop()
+        node.start()
+        assert told(node, "evict", A)[0]["error"] is not None
+        assert node.cli("unpin", A).stdout == f"{A}: unpinned\n"
+        assert node.cli("unpin", A).stdout == f"{A}: was not pinned\n"
+        with node.path(A).open("rb"):
+            assert node.cli("evict", A).stderr == f"cachefs: image {A} is not evicted: it is open (1 handle)\n"
+        (row,) = told(node, "evict", A)
+        assert (row["error"], row["bytes"], row["done"]) == (None, SIZE, True)
+        assert node.status()["evictor"]["evicted"]["asked"]["bytes"] == SIZE
+    assert check(node.store).sound
+
+
+def test_pins_are_bounded_by_a_share_of_the_store(origin: ScriptedOrigin, tmp_path: Path) -> None:
+    with Node(tmp_path, origin.url, store={"max_size": "160M", "pin_share": "50%"}) as node:
+        assert node.cli("pin", A).returncode == 0
+        refused = node.cli("pin", B)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr.startswith(f"cachefs: image {B} is not pinned: its {SIZE} bytes")
+
+
+def test_three_images_pass_through_a_store_for_one_and_a_half(origin: ScriptedOrigin, tmp_path: Path) -> None:
+    most = 72 * MIB
+    with Node(tmp_path, origin.url, store={"max_size": f"{most >> 20}M", "span_size": "1M"}) as node:
+        for image in SEEDS:
+            fill(node, image)
+            assert node.status()["store"]["bytes_on_disk"] <= most
+        now = node.status()
+        assert now["evictor"]["stuck"] is None
+        assert sum(cause["bytes"] for cause in now["evictor"]["evicted"].values()) >= 3 * SIZE - most
+        assert cached(node, C) == SIZE, "the last one is here"
+        before = origin.bytes_sent
+        fill(node, C)
+        assert origin.bytes_sent == before
+    assert check(node.store).sound
