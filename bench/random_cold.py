@@ -28,7 +28,7 @@ from cachefs.plan import windows
 from cachefs.sources.glance import Glance
 from cachefs.store.content import Limits, Store
 from cachefs.store.format import ViewKind
-from cachefs.views.original import OriginalView
+from cachefs.views.stored import StoredFile
 
 SIZE = 256 * MIB
 LINKS = (("200 Mbit/s, 30 ms", 200e6, 0.030), ("2.5 Gbit/s, 1 ms", 2.5e9, 0.001))
@@ -102,7 +102,7 @@ async def _read(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
             await nursery.start(fetcher.run)
-            view = OriginalView(store.view(image, ViewKind.ORIGINAL, SIZE), blocks)
+            view = StoredFile(store.view(image, ViewKind.ORIGINAL, SIZE), blocks)
             took_s = await _read_each(view, offsets, limit_s)
             nursery.cancel_scope.cancel()
     finally:
@@ -110,7 +110,7 @@ async def _read(
     return took_s
 
 
-async def _read_each(view: OriginalView, offsets: Sequence[int], limit_s: float) -> float:
+async def _read_each(view: StoredFile, offsets: Sequence[int], limit_s: float) -> float:
     began_s = time.monotonic()
     for offset in offsets:
         data = view.read_now(offset, 4096)

@@ -112,8 +112,9 @@ class FlightSink:
     """Takes one request's body into its flight's slabs. For lack of memory the first byte was kept waiting for
     `waited_first_s`, and the others for `waited_s`."""
 
-    def __init__(self, arriving: Arriving, flight: Flight) -> None:
-        self._arriving, self._flight = arriving, flight
+    def __init__(self, arriving: Arriving, flight: Flight, *, counted: bool = True) -> None:
+        """`counted`: its bytes come from the origin as they are."""
+        self._arriving, self._flight, self._counted = arriving, flight, counted
         self._slab: Slab | None = None
         self._closed = False
         self.start = self.at = flight.at
@@ -150,7 +151,7 @@ class FlightSink:
         assert slab is not None, "room comes first"
         slab.filled += n
         self.at += n
-        self._arriving.counts.bytes_fetched += n
+        self._arriving.counts.bytes_fetched += n if self._counted else 0
         if self.at - n == self.start:
             self.fetched_at_first = self._arriving.counts.bytes_fetched
         if slab.filled == slab.length:

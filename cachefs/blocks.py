@@ -39,6 +39,7 @@ class _Reading:
     since_s: float
     tried_at: int = -1
     tries: int = 0
+    just: bool = False  # Nothing around it is wanted.
     unreadable: bool = False  # The disk does not give what is here: it is fetched as if it were not.
 
     def try_again(self, offset: int) -> None:
@@ -59,11 +60,21 @@ class Blocks:
         self.misses = 0
         self.on_random_miss: Callable[[StoredView, int], None] = lambda view, offset: None
 
-    async def read(self, view: StoredView, offset: int, length: int, pattern: Pattern) -> Buffer:
+    async def read_just(self, view: StoredView, extent: Extent) -> Buffer:
+        """As `read`, fetching no more than the blocks of `extent`."""
+        return await self.read(view, extent.start, extent.length, Pattern(), just=True)
+
+    async def load(self, view: StoredView, extent: Extent) -> None:
+        """The maps of `extent`, where the disk gives them."""
+        await _load(view, extent)
+
+    async def read(
+        self, view: StoredView, offset: int, length: int, pattern: Pattern, *, just: bool = False
+    ) -> Buffer:
         """`length` bytes from `offset`, which lie in the view; good until the next await. Raises OriginError;
         ReadDeadline in time."""
         wanted = Extent(offset, offset + length)
-        reading = _Reading(view, wanted, trio.current_time())
+        reading = _Reading(view, wanted, trio.current_time(), just=just)
         self.reading.add(reading)
         try:
             with trio.move_on_after(self._deadline_s):
@@ -160,7 +171,7 @@ class Blocks:
         for miss in [wanted] if reading.unreadable else view.absent(wanted):
             parts = self._fetcher.not_under_way(view, miss)
             for part in parts:
-                await self._start(view, aligned(part, BLOCK, view.size), pattern, reading.unreadable)
+                await self._start(view, aligned(part, BLOCK, view.size), pattern, reading)
             joined = None if parts else self._fetcher.flight_for(view, miss.start)
             if joined is not None and not joined.whole and not pattern.covers(miss.start):
                 pattern.follow(joined.extent, pattern.is_next(miss.start))
@@ -170,7 +181,7 @@ class Blocks:
         view: StoredView,
         miss: Extent,
         pattern: Pattern,
-        unreadable: bool = False,
+        reading: _Reading | None = None,
         priority: Priority = Priority.DEMAND,
     ) -> None:
         if view.record.origin is OriginMode.STREAM:
@@ -178,7 +189,8 @@ class Blocks:
                 self._fetcher.start(view, miss, priority)
             return
         want, sequential = windows.window(self._fetcher.link, pattern, miss.start)
-        if unreadable:  # It will not be kept: what is asked for, and no more.
+        unreadable = reading is not None and reading.unreadable
+        if reading is not None and (reading.just or unreadable):  # What is unreadable will not be kept.
             want = miss.length
         around = Extent(miss.start, min(max(miss.start + want, miss.end), view.size))
         await _load(view, around)
@@ -187,7 +199,7 @@ class Blocks:
         free = [gap for absent in gaps for gap in self._fetcher.not_under_way(view, absent)]
         extent = windows.request(miss, free, want)
         if extent is not None:
-            if priority is Priority.DEMAND and not sequential:
+            if priority is Priority.DEMAND and not sequential and not (reading and reading.just):
                 self.on_random_miss(view, miss.start)
             pattern.follow(self._fetcher.start(view, extent, priority).extent, sequential)
 

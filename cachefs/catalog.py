@@ -20,7 +20,6 @@ from cachefs.errors import ImageForbidden, ImageGone, NoEntry, NotPermitted, Ori
 from cachefs.namespace import image_id, unique_links
 from cachefs.sources import Registry
 from cachefs.store.content import Store
-from cachefs.store.format import ViewKind
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +34,17 @@ NEGATIVES_MAX = 10_000
 
 SIZE_MAX = (1 << 63) - 1  # What stat(2) can say.
 SHOWN = ("active", "deactivated")
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """What was found of the disk inside an image: its `size` in bytes and `format`, or why it is `refused`.
+    `seen`: its own first bytes were looked at too."""
+
+    size: int | None = None
+    format: str | None = None
+    refused: str | None = None
+    seen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,7 @@ class Image:
     checksum: str | None = None
     os_hash_algo: str | None = None
     os_hash_value: str | None = None
+    disk: Disk | None = None  # None: nobody has looked yet.
 
     def may_be(self, other: Image) -> bool:
         """Whether `other` can be the same image, whose bytes never change. A hash may come late, not change."""
@@ -63,10 +74,12 @@ class Image:
             for mine, theirs in ((self.checksum, other.checksum), (self.os_hash_value, other.os_hash_value))
         )
 
-    def with_hashes_of(self, known: Image) -> Image:
-        """This, and what was known of its bytes: an answer that names no hash takes none back."""
+    def with_what_is_known(self, known: Image) -> Image:
+        """This, and what was known of its bytes: an answer that names no hash takes none back, and the disk inside
+        was inspected for what the image was said to be then."""
         return replace(
             self,
+            disk=known.disk if self.disk_format == known.disk_format else None,
             checksum=self.checksum or known.checksum,
             os_hash_algo=self.os_hash_algo or known.os_hash_algo,
             os_hash_value=self.os_hash_value or known.os_hash_value,
@@ -75,7 +88,8 @@ class Image:
     @classmethod
     def from_fields(cls, image: str, stored: dict[str, Any]) -> Image:
         known = {f.name for f in fields(cls)}
-        return cls(**{**{k: v for k, v in stored.items() if k in known}, "id": image})
+        disk = Disk(**stored["disk"]) if isinstance(stored.get("disk"), dict) else None
+        return cls(**{**{k: v for k, v in stored.items() if k in known}, "id": image, "disk": disk})
 
 
 def from_glance(answer: dict[str, Any], number: int) -> Image | None:
@@ -144,9 +158,6 @@ class Catalog:
     def by_number(self, number: int) -> Image | None:
         return self._by_number.get(number)
 
-    def known(self, image: str) -> Image | None:
-        return self._images.get(image)
-
     def __len__(self) -> int:
         return len(self._images)
 
@@ -170,6 +181,16 @@ class Catalog:
         return sorted(
             (image for image in found if listed is None or image.id in listed), key=lambda image: image.number
         )
+
+    def known(self, image: str) -> Image | None:
+        """The image, if it is known."""
+        return self._images.get(image)
+
+    def learn_disk(self, image: str, disk: Disk) -> None:
+        """Remembers what was found of the disk inside an image."""
+        known = self._images.get(image)
+        if known is not None:
+            self._keep(replace(known, disk=disk))
 
     # ── asking ──
 
@@ -289,17 +310,20 @@ class Catalog:
             if not known.may_be(image):
                 log.error("[image %s] is said to have other bytes than it had: not believed", id_)
                 return known
-            image = image.with_hashes_of(known)
+            image = image.with_what_is_known(known)
         if number == 0:
             image = from_glance(answer, self._store.new_image_number())
             assert image is not None
-        self._know(image)
+        self._keep(image)
         self._checked_s[id_] = trio.current_time()
         self._unknown_until_s.pop(id_, None)
+        return image
+
+    def _keep(self, image: Image) -> None:
+        self._know(image)
         stored = asdict(image)
         del stored["id"]
-        self._store.put_image(id_, stored)
-        return image
+        self._store.put_image(image.id, stored)
 
     def _know(self, image: Image) -> None:
         if self._images.get(image.id) != image:
@@ -317,7 +341,7 @@ class Catalog:
         del self._by_number[known.number]
         self._links = None
         self._store.drop_image(image)
-        self._store.end_view(image, ViewKind.ORIGINAL)
+        self._store.end_views(image)
         self.on_gone(known)
 
     def _remember_unknown(self, image: str) -> None:

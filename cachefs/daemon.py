@@ -25,7 +25,7 @@ import trio
 
 from cachefs import __version__
 from cachefs.blocks import Blocks
-from cachefs.catalog import Catalog
+from cachefs.catalog import Catalog, Image
 from cachefs.commands import Commands
 from cachefs.compactor import Compactor
 from cachefs.config import Config
@@ -34,6 +34,7 @@ from cachefs.errors import CachefsError, NoEntry
 from cachefs.evictor import Evictor, Watermarks
 from cachefs.fetcher import Fetcher
 from cachefs.fuse import Filesystem, Mount
+from cachefs.guest_disks import GuestDisks
 from cachefs.leases import Leases
 from cachefs.notify import notify
 from cachefs.scrubber import Around, Fate, Scrubber
@@ -110,9 +111,16 @@ def _build(config: Config, store: Store) -> _Node:
     blocks = Blocks(fetcher, config.mount.read_deadline)
     catalog = Catalog(glance, store, config.glance.listing_ttl, config.glance.negative_ttl)
     leases = Leases(store, lambda: int(_limits(config).max_size * config.store.pin_share))
-    filesystem = Filesystem(config.mount, catalog, store, blocks, leases, config.glance.negative_ttl)
+    disks = GuestDisks(catalog, store, fetcher, blocks)
+    fetcher.translate = disks.bring
+    filesystem = Filesystem(config.mount, catalog, store, blocks, leases, disks, config.glance.negative_ttl)
     mount = Mount(filesystem, config.mount)
-    catalog.on_gone = mount.forget
+
+    def gone(image: Image) -> None:
+        mount.forget(image)
+        disks.forget(image.id)
+
+    catalog.on_gone = gone
 
     uses = Uses(store)
     watermarks = Watermarks(config.store.high_watermark, config.store.low_watermark)

@@ -282,5 +282,14 @@ class RangeRefused(OriginError):
     """400 "Getting images randomly…": this image comes as one stream from its first byte, or not at all."""
 
 
+class ImageRefused(OriginError):
+    """The disk inside is not served: `detail` says why, in our own words. Opening it gives EPERM, reading EIO."""
+
+    errno = errno.EPERM
+
+    def __str__(self) -> str:
+        return f"image {self.image} is refused: {self.detail}"
+
+
 class ReadDeadline(OriginError):
     """A reader waited for `read_deadline` and its bytes did not come."""

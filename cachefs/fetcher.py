@@ -20,9 +20,9 @@ from cachefs.errors import OriginBusy, OriginError, OriginLied, OriginUnavailabl
 from cachefs.flights import Counts, Flight, Priority, Slab
 from cachefs.plan.extents import Extent, subtract
 from cachefs.plan.windows import Link
-from cachefs.sources import Source, Timing
+from cachefs.sources import Sink, Source, Timing
 from cachefs.store.content import Store, StoredView
-from cachefs.store.format import OriginMode
+from cachefs.store.format import OriginMode, ViewKind
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,14 @@ BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.2, 5.0
 RETRY_AFTER_JITTER = 0.25
 # Places that only demand may take.
 RESERVED_MAX = 2
+# Disks inside images that are translated at once. Each holds some steps of up to 4 MiB.
+TRANSLATIONS_MAX = 4
 # Flights that wait for a place become one up to here; beyond it several connections are faster than one.
 TOGETHER_MAX = 4 << 20
+
+
+async def _no_translation(flight: Flight, sink: FlightSink) -> None:
+    raise OriginUnavailable(flight.view.record.image, "nothing here translates disks")
 
 
 class Fetcher:
@@ -51,6 +57,8 @@ class Fetcher:
         self.link = Link()
         self.counts = Counts()
         self._slots = Bound(connections, reserved=min(RESERVED_MAX, connections - 1))
+        self._translations = Bound(TRANSLATIONS_MAX, reserved=1)
+        self.translate: Callable[[Flight, FlightSink], Awaitable[None]] = _no_translation
         self._arriving = Arriving(store, memory_max, self.counts, self._forget, self.spawn)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -198,6 +206,9 @@ class Fetcher:
     async def _request_in_turn(self, flight: Flight) -> None:
         """One request in a place of its own. Between its tries a flight has none: images that cannot be had would
         hold up all others."""
+        if flight.view.record.kind is not ViewKind.ORIGINAL:
+            await self._translate_in_turn(flight)
+            return
         await self._slots.take(flight)
         try:
             flight.started = True
@@ -205,6 +216,39 @@ class Fetcher:
                 await self._request(flight)
         finally:
             self._slots.give_back()
+
+    async def _translate_in_turn(self, flight: Flight) -> None:
+        """The same for a disk that lies inside an image. It takes no place of a request: those that bring its
+        parts do (`ask`), and could not if flights that wait for them had all places."""
+        await self._translations.take(flight)
+        try:
+            flight.started = True
+            sink = FlightSink(self._arriving, flight, counted=False)
+            try:
+                await self.translate(flight, sink)
+            except trio.Cancelled:
+                sink.leave()
+                raise
+            finally:
+                sink.close()
+            if sink.at != flight.extent.end:
+                raise OriginLied(
+                    flight.view.record.image, f"its disk ended at {sink.at}, not at {flight.extent.end}"
+                )
+        finally:
+            self._translations.give_back()
+
+    async def ask(self, flight: Flight, image: str, size: int, extent: Extent, sink: Sink) -> None:
+        """One request for a part of an image that `flight` needs, in a place of its own; what it brings is not
+        kept. Raises OriginError."""
+        await self._slots.take(flight)
+        try:
+            self.counts.requests += 1
+            timing = await self._source.fetch(image, size, extent, sink)
+        finally:
+            self._slots.give_back()
+        self.counts.bytes_fetched += extent.length
+        self.link.observe(timing.first_byte_s, extent.length, max(timing.body_s, 1e-6))
 
     @staticmethod
     def _pause_s(tries: int, error: OriginError) -> float:

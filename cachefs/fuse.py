@@ -16,24 +16,38 @@ import re
 import stat
 import subprocess
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from cachefs.blocks import Blocks
-from cachefs.catalog import Catalog, Image
+from cachefs.catalog import SIZE_MAX, Catalog, Image
 from cachefs.config import MountConfig
-from cachefs.errors import CachefsError, MountError, NoEntry, NotPermitted, OriginError
+from cachefs.errors import CachefsError, ImageRefused, MountError, NoEntry, NotPermitted, OriginError
+from cachefs.guest_disks import PLAIN, GuestDisks
 from cachefs.leases import Leases
-from cachefs.namespace import FOLDERS, Folder, Node, Slot, image_id, inode_of, node_of
+from cachefs.namespace import (
+    FOLDERS,
+    Folder,
+    Node,
+    Overlay,
+    Slot,
+    image_id,
+    inode_of,
+    node_of,
+    overlay_inode,
+    size_name,
+    size_of,
+)
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import ViewKind, ViewNo
 from cachefs.views import Buffer, View
-from cachefs.views.original import OriginalView
+from cachefs.views.resized import ResizedView
+from cachefs.views.stored import StoredFile
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +57,11 @@ Args = TypeVarTuple("Args")
 TASKS_MAX = 16384
 BACKGROUND_MAX = 65535  # What the kernel's field holds.
 READ_AHEAD_KIB = 1024  # One FUSE request of 256 pages.
+SIZES_MAX = 10_000
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 # Bytes never change, sizes neither; how much is cached does, until all of it is. In seconds.
-ATTR_TIMEOUT_S, ATTR_TIMEOUT_PARTIAL_S = 3600.0, 1.0
+ATTR_TIMEOUT_S, ATTR_TIMEOUT_FILE_S, ATTR_TIMEOUT_PARTIAL_S = 3600.0, 60.0, 1.0
 ENTRY_TIMEOUT_S = 60.0
 
 XATTR_PREFIX = b"user.cachefs."
@@ -62,13 +77,17 @@ class Filesystem(pyfuse3.Operations):
         store: Store,
         blocks: Blocks,
         leases: Leases,
+        disks: GuestDisks,
         negative_ttl_s: float,
     ) -> None:
         super().__init__()
         self._config, self._catalog, self._store, self._blocks = config, catalog, store, blocks
-        self._leases, self._negative_ttl_s = leases, negative_ttl_s
-        self._open: dict[int, tuple[View, str, ViewNo]] = {}
-        self._folders: dict[int, tuple[Folder, Sequence[tuple[bytes, int]]]] = {}
+        self._leases, self._disks, self._negative_ttl_s = leases, disks, negative_ttl_s
+        self._open: dict[int, _Opened] = {}
+        # Sizes that were looked up and not opened: what their inodes stand for.
+        self._sizes: dict[tuple[str, int], ViewNo] = {}
+        self._overlays: dict[ViewNo, tuple[str, int]] = {}
+        self._folders: dict[int, list[_Entry]] = {}
         self._handles = itertools.count(1)
         self.open_count: Counter[str] = Counter()
         self.handshake = trio.Event()  # The kernel has said hello, and is answered by the next checkpoint.
@@ -80,7 +99,7 @@ class Filesystem(pyfuse3.Operations):
     # ── reading ──
 
     async def read(self, fh: int, off: int, size: int) -> Any:
-        view = self._open[fh][0]
+        view = self._open[fh].view
         data = view.read_now(off, size)
         if data is not None:
             self.hits += 1
@@ -101,20 +120,33 @@ class Filesystem(pyfuse3.Operations):
     async def _open_image(self, inode: int, flags: int) -> FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
-        image = await self._catalog.openable(self._image(inode).id)
-        stored = self._store.view(image.id, ViewKind.ORIGINAL, image.size)
+        node = node_of(inode)
+        image_id, size = self._overlay(node) if isinstance(node, Overlay) else (self._image(inode).id, 0)
+        image = await self._catalog.openable(image_id)
+        if isinstance(node, Node) and node.slot is Slot.ORIGINAL:
+            stored = self._store.view(image.id, ViewKind.ORIGINAL, image.size)
+        else:
+            stored = await self._disks.open(image)
+        # From here on no await: what is opened is leased.
+        view: View = StoredFile(stored, self._blocks)
+        leased = [stored.number]
+        if isinstance(node, Overlay):
+            view = ResizedView(view, size)
+            leased.append(self._store.view(image.id, ViewKind.RESIZED, size, ViewNo(node.view)).number)
         handle = next(self._handles)
-        self._open[handle] = (OriginalView(stored, self._blocks), image.id, stored.number)
-        self._leases.opened(stored.number)
+        self._open[handle] = _Opened(view, image.id, leased)
+        for number in leased:
+            self._leases.opened(number)
         self.open_count[image.id] += 1
         return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
 
     async def release(self, fh: int) -> None:
-        _, image, number = self._open.pop(fh)
-        self._leases.released(number)
-        self.open_count[image] -= 1
-        if not self.open_count[image]:
-            del self.open_count[image]
+        opened = self._open.pop(fh)
+        for number in opened.leased:
+            self._leases.released(number)
+        self.open_count[opened.image] -= 1
+        if not self.open_count[opened.image]:
+            del self.open_count[opened.image]
 
     # ── names and attributes ──
 
@@ -127,6 +159,15 @@ class Filesystem(pyfuse3.Operations):
                 return self._attributes(FOLDERS[name])
             if parent == Folder.IMAGES and (id_ := image_id(name)) is not None:
                 return self._attributes(Node(Slot.ORIGINAL, (await self._catalog.lookup(id_)).number))
+            if parent == Folder.RAW and (id_ := image_id(name)) is not None:
+                image = await self._catalog.lookup(id_)
+                await self._disks.inspect(image)
+                return self._attributes(Node(Slot.RAW, image.number))
+            if parent == Folder.RESIZED and (id_ := image_id(name)) is not None:
+                return self._attributes(Node(Slot.SIZES, (await self._catalog.lookup(id_)).number))
+            node = node_of(parent)
+            if isinstance(node, Node) and node.slot is Slot.SIZES and (size := size_of(name)) is not None:
+                return await self._lookup_size(self._image(parent, Slot.SIZES), size)
             if parent == Folder.BY_NAME:
                 await self._catalog.listing()
                 return self._attributes(Node(Slot.LINK, self._catalog.links[name]))
@@ -137,6 +178,37 @@ class Filesystem(pyfuse3.Operations):
         missing.entry_timeout = self._negative_ttl_s
         return missing
 
+    async def _lookup_size(self, image: Image, size: int) -> EntryAttributes:
+        disk = await self._disks.inspect(image)
+        if disk.size is None:
+            raise ImageRefused(image.id, disk.refused or "")
+        if not disk.size <= size <= SIZE_MAX:
+            raise FUSEError(errno.EINVAL)
+        return self._attributes(Overlay(self._overlay_number(image.id, size)))
+
+    def _overlay_number(self, image: str, size: int) -> ViewNo:
+        known = self._store.known_view(image, ViewKind.RESIZED, size)
+        if known is not None:
+            return known.number
+        number = self._sizes.get((image, size))
+        if number is None:
+            if len(self._sizes) >= SIZES_MAX:  # The kernel looks the others up again.
+                self._sizes.clear()
+                self._overlays.clear()
+            number = self._sizes[image, size] = self._store.new_view_number()
+            self._overlays[number] = (image, size)
+        return number
+
+    def _overlay(self, node: Overlay) -> tuple[str, int]:
+        """Image and size of a resized view."""
+        view = self._store.view_by_number(ViewNo(node.view))
+        if view is not None and view.record.kind is ViewKind.RESIZED:
+            return view.record.image, view.size
+        found = self._overlays.get(ViewNo(node.view))
+        if found is None:
+            raise NoEntry(node.view)
+        return found
+
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         return await _answer(self._getattr, inode)
 
@@ -146,7 +218,7 @@ class Filesystem(pyfuse3.Operations):
             raise FUSEError(errno.ENOENT)
         return self._attributes(node)
 
-    def _attributes(self, node: Folder | Node) -> EntryAttributes:
+    def _attributes(self, node: Folder | Node | Overlay) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_uid, entry.st_gid = self._config.uid, self._config.gid
         entry.entry_timeout, entry.attr_timeout = ENTRY_TIMEOUT_S, ATTR_TIMEOUT_S
@@ -154,23 +226,41 @@ class Filesystem(pyfuse3.Operations):
             entry.st_ino = pyfuse3.InodeT(int(node))
             entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o555)
             entry.st_nlink = 2
-            entry.entry_timeout = ATTR_TIMEOUT_S
+            return entry
+        if isinstance(node, Overlay):
+            id_, size = self._overlay(node)
+            image = self._known(id_)
+            self._describe_file(entry, image, size, self._stored(image, Slot.RAW))
+            entry.st_ino = pyfuse3.InodeT(overlay_inode(node.view))
             return entry
         image = self._image_by_number(node.image_number)
-        entry.st_ino = pyfuse3.InodeT(inode_of(node.slot, node.image_number))
-        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = image.updated_s * 10**9
         if node.slot is Slot.LINK:
-            entry.st_mode = pyfuse3.ModeT(stat.S_IFLNK | 0o777)
-            entry.st_size = len(_target(image))
-            return entry
-        stored = self._stored(image)
-        entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | self._config.file_mode)
-        entry.st_size = image.size
+            self._describe(entry, image, stat.S_IFLNK | 0o777, len(_target(image)))
+        elif node.slot is Slot.SIZES:
+            self._describe(entry, image, stat.S_IFDIR | 0o555, 0)
+            entry.st_nlink = 2
+        elif node.slot is Slot.RAW:
+            # Without a size what is refused, and what nobody has looked at: a listing does not fetch.
+            size = image.disk.size or 0 if image.disk is not None else 0
+            self._describe_file(entry, image, size, self._stored(image, Slot.RAW))
+            if image.disk is None:
+                entry.entry_timeout = entry.attr_timeout = 0
+        else:
+            self._describe_file(entry, image, image.size, self._stored(image))
+        entry.st_ino = pyfuse3.InodeT(inode_of(node.slot, node.image_number))
+        return entry
+
+    def _describe(self, entry: EntryAttributes, image: Image, mode: int, size: int) -> None:
+        entry.st_mode, entry.st_size = pyfuse3.ModeT(mode), size
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = image.updated_s * 10**9
+
+    def _describe_file(self, entry: EntryAttributes, image: Image, size: int, stored: StoredView | None) -> None:
+        self._describe(entry, image, stat.S_IFREG | self._config.file_mode, size)
         entry.st_blksize = 65536
         entry.st_blocks = 0 if stored is None else -(-stored.cached // 512)
+        entry.attr_timeout = ATTR_TIMEOUT_FILE_S
         if stored is None or not stored.complete:
             entry.attr_timeout = ATTR_TIMEOUT_PARTIAL_S
-        return entry
 
     async def readlink(self, inode: int, ctx: RequestContext) -> Any:
         return await _answer(self._readlink, inode)
@@ -184,31 +274,31 @@ class Filesystem(pyfuse3.Operations):
         return await _answer(self._opendir, inode)
 
     async def _opendir(self, inode: int) -> int:
-        folder = node_of(inode)
-        if not isinstance(folder, Folder):
-            raise FUSEError(errno.ENOTDIR)
-        entries: Sequence[tuple[bytes, int]] = ()
-        if folder is Folder.IMAGES:
-            entries = [(image.id.encode(), image.number) for image in await self._catalog.listing()]
-        elif folder is Folder.BY_NAME:
-            await self._catalog.listing()
-            entries = list(self._catalog.links.items())
+        entries = await self._entries(node_of(inode))
         handle = next(self._handles)
-        self._folders[handle] = (folder, entries)
+        self._folders[handle] = entries
         return handle
+
+    async def _entries(self, folder: Folder | Node | Overlay | None) -> list[_Entry]:
+        match folder:
+            case Folder.ROOT:
+                return list(FOLDERS.items())
+            case Folder.IMAGES | Folder.RAW | Folder.RESIZED:
+                slot = _SLOT_OF[folder]
+                return [(image.id.encode(), Node(slot, image.number)) for image in await self._catalog.listing()]
+            case Folder.BY_NAME:
+                await self._catalog.listing()
+                return [(name, Node(Slot.LINK, number)) for name, number in self._catalog.links.items()]
+            case Node(Slot.SIZES, number):
+                views = self._store.resized_views(self._image_by_number(number).id)
+                return [(size_name(view.size), Overlay(view.number)) for view in views]
+        raise FUSEError(errno.ENOTDIR)
 
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         await _answer(self._readdir, fh, start_id, token)
 
     async def _readdir(self, fh: int, start_id: int, token: Any) -> None:
-        folder, entries = self._folders[fh]
-        names: Sequence[tuple[bytes, Folder | Node]]
-        if folder is Folder.ROOT:
-            names = list(FOLDERS.items())[start_id:]
-        else:
-            slot = Slot.ORIGINAL if folder is Folder.IMAGES else Slot.LINK
-            names = [(name, Node(slot, number)) for name, number in entries[start_id : start_id + 1000]]
-        for position, (name, node) in enumerate(names, start_id + 1):
+        for position, (name, node) in enumerate(self._folders[fh][start_id : start_id + 1000], start_id + 1):
             try:
                 attributes = self._attributes(node)
             except NoEntry:
@@ -235,10 +325,10 @@ class Filesystem(pyfuse3.Operations):
         return await _answer(self._getxattr, inode, name)
 
     async def _getxattr(self, inode: int, name: bytes) -> bytes:
-        node = node_of(inode)
-        if not isinstance(node, Node) or node.slot is not Slot.ORIGINAL or not name.startswith(XATTR_PREFIX):
+        found = self._file(inode)
+        if found is None or not name.startswith(XATTR_PREFIX):
             raise FUSEError(pyfuse3.ENOATTR)
-        value = self._xattrs(self._image(inode)).get(name.removeprefix(XATTR_PREFIX).decode(errors="replace"))
+        value = self._xattrs(*found).get(name.removeprefix(XATTR_PREFIX).decode(errors="replace"))
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value.encode(errors="replace")  # JSON lets a name have a lone surrogate.
@@ -247,14 +337,21 @@ class Filesystem(pyfuse3.Operations):
         return await _answer(self._listxattr, inode)
 
     async def _listxattr(self, inode: int) -> list[bytes]:
-        node = node_of(inode)
-        if not isinstance(node, Node) or node.slot is not Slot.ORIGINAL:
-            return []
-        return [XATTR_PREFIX + name.encode() for name in self._xattrs(self._image(inode))]
+        found = self._file(inode)
+        return [] if found is None else [XATTR_PREFIX + name.encode() for name in self._xattrs(*found)]
 
-    def _xattrs(self, image: Image) -> dict[str, str]:
-        stored = self._stored(image)
-        return {
+    def _file(self, inode: int) -> tuple[Image, Slot] | None:
+        """Whose file an inode is, and whether its own or that of its disk; None for what is no file."""
+        node = node_of(inode)
+        if isinstance(node, Overlay):
+            return self._known(self._overlay(node)[0]), Slot.RAW
+        if isinstance(node, Node) and node.slot in (Slot.ORIGINAL, Slot.RAW):
+            return self._image_by_number(node.image_number), node.slot
+        return None
+
+    def _xattrs(self, image: Image, slot: Slot) -> dict[str, str]:
+        stored = self._stored(image, slot)
+        found = {
             "id": image.id,
             "name": image.name or "",
             "disk_format": image.disk_format or "",
@@ -263,13 +360,19 @@ class Filesystem(pyfuse3.Operations):
             "in_use": "1" if self.open_count[image.id] else "0",
             "pinned": "1" if self._leases.pin_of(image.id) else "0",
         }
+        if image.disk is not None and image.disk.refused is not None:
+            found["refused"] = image.disk.refused
+            found["state"] = "refused" if slot is Slot.RAW else found["state"]
+        return found
 
     # ── what stands behind an inode ──
 
-    def _image(self, inode: int, slot: Slot = Slot.ORIGINAL) -> Image:
+    def _image(self, inode: int, slot: Slot | None = None) -> Image:
         node = node_of(inode)
-        if not isinstance(node, Node) or node.slot is not slot:
-            raise FUSEError(errno.EISDIR if isinstance(node, Folder) else errno.EINVAL)
+        wrong = isinstance(node, Node) and slot is not None and node.slot is not slot
+        if not isinstance(node, Node) or wrong or (slot is None and node.slot is Slot.SIZES):
+            is_folder = isinstance(node, Folder) or (isinstance(node, Node) and node.slot is Slot.SIZES)
+            raise FUSEError(errno.EISDIR if is_folder else errno.EINVAL)
         return self._image_by_number(node.image_number)
 
     def _image_by_number(self, number: int) -> Image:
@@ -278,8 +381,15 @@ class Filesystem(pyfuse3.Operations):
             raise NoEntry(number)
         return image
 
-    def _stored(self, image: Image) -> StoredView | None:
-        return self._store.known_view(image.id, ViewKind.ORIGINAL)
+    def _known(self, id_: str) -> Image:
+        image = self._catalog.known(id_)
+        if image is None:
+            raise NoEntry(id_)
+        return image
+
+    def _stored(self, image: Image, slot: Slot = Slot.ORIGINAL) -> StoredView | None:
+        inside = slot is Slot.RAW and image.disk_format not in PLAIN
+        return self._store.known_view(image.id, ViewKind.RAW if inside else ViewKind.ORIGINAL)
 
 
 def state_of(stored: StoredView | None, image: Image) -> str:
@@ -287,6 +397,18 @@ def state_of(stored: StoredView | None, image: Image) -> str:
     if image.size == 0 or (stored is not None and stored.complete):
         return "complete"
     return "partial" if stored is not None and stored.cached else "absent"
+
+
+class _Opened(NamedTuple):
+    """One handle: what it reads, of which image, and the views that it leases."""
+
+    view: View
+    image: str
+    leased: list[ViewNo]
+
+
+_Entry = tuple[bytes, Folder | Node | Overlay]
+_SLOT_OF = {Folder.IMAGES: Slot.ORIGINAL, Folder.RAW: Slot.RAW, Folder.RESIZED: Slot.SIZES}
 
 
 def _target(image: Image) -> bytes:
@@ -299,6 +421,9 @@ async def _answer(work: Callable[[*Args], Awaitable[Answer]], *args: *Args) -> A
         return await work(*args)
     except FUSEError:
         raise
+    except ImageRefused as error:
+        log.debug("%s", error)  # Said once, when it was found.
+        raise FUSEError(error.errno) from None
     except NotPermitted as error:
         log.info("%s", error)
         raise FUSEError(error.errno) from None

@@ -6,6 +6,7 @@ anew gives every file the inode that it had. Nothing is counted: the kernel may 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
@@ -15,22 +16,31 @@ NAME_BYTES_MAX = 255
 
 
 class Folder(IntEnum):
-    """The folders, by inode. 4, 5 and 6 are kept for `raw`, `resized` and `nova`."""
+    """The folders, by inode. 6 is kept for `nova`."""
 
     ROOT = 1
     IMAGES = 2
     BY_NAME = 3
+    RAW = 4
+    RESIZED = 5
 
 
-FOLDERS = {b"images": Folder.IMAGES, b"by-name": Folder.BY_NAME}
+FOLDERS = {
+    b"images": Folder.IMAGES,
+    b"raw": Folder.RAW,
+    b"resized": Folder.RESIZED,
+    b"by-name": Folder.BY_NAME,
+}
 
 _SLOTS = 16
 
 
 class Slot(IntEnum):
-    """What of an image an inode stands for. 2 and 3 are kept for its raw and resized views."""
+    """What of an image an inode stands for. SIZES is the folder of its resized views."""
 
     ORIGINAL = 1
+    RAW = 2
+    SIZES = 3
     LINK = 4
 
 
@@ -41,13 +51,29 @@ class Node(NamedTuple):
     image_number: int
 
 
+class Overlay(NamedTuple):
+    """The inode of one resized view, by the number that the store gave it."""
+
+    view: int
+
+
+# Above the inodes of 2^44 images, which no store will have had.
+_OVERLAYS = 1 << 48
+
+
+def overlay_inode(view: int) -> int:
+    return _OVERLAYS + view
+
+
 def inode_of(slot: Slot, image_number: int) -> int:
     assert image_number >= 1, "image numbers begin at 1, so that no folder's inode is taken"
     return image_number * _SLOTS + slot
 
 
-def node_of(inode: int) -> Folder | Node | None:
+def node_of(inode: int) -> Folder | Node | Overlay | None:
     """What `inode` stands for; None for a number that nobody was given."""
+    if inode >= _OVERLAYS:
+        return Overlay(inode - _OVERLAYS)
     if inode < _SLOTS:
         return Folder(inode) if inode in Folder.__members__.values() else None
     number, slot = divmod(inode, _SLOTS)
@@ -62,6 +88,24 @@ def image_id(name: bytes) -> str | None:
         return text if str(UUID(text)) == text else None
     except ValueError:
         return None
+
+
+_GIB = 1 << 30
+_SIZE = re.compile(rb"([1-9][0-9]{0,18})(G?)")
+
+
+def size_of(name: bytes) -> int | None:
+    """The bytes that a name in `resized/<uuid>` says: `20G` (GiB), or a number of bytes. None for others."""
+    match = _SIZE.fullmatch(name)
+    if match is None:
+        return None
+    size = int(match[1]) * (_GIB if match[2] else 1)
+    return size if size < 1 << 63 else None
+
+
+def size_name(size: int) -> bytes:
+    """The name under which a resized view is listed."""
+    return b"%dG" % (size // _GIB) if size % _GIB == 0 else b"%d" % size
 
 
 def link_name(name: str | None) -> bytes | None:

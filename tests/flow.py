@@ -35,7 +35,7 @@ from cachefs.sources import Sink, Timing
 from cachefs.store.content import Limits, Store, StoredView
 from cachefs.store.format import ViewKind
 from cachefs.store.recover import Opened, open_store
-from cachefs.views.original import OriginalView
+from cachefs.views.stored import StoredFile
 from tests.stores import SPAN, UNLIMITED, Edges, image_id, patient
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -372,7 +372,7 @@ class Flow:
 
     def open(self, image: int, size: int) -> Reader:
         """Opens the image as one reader does, with a reading pattern of its own; bytes are checked."""
-        view = OriginalView(self.stored(image, size), self.blocks)
+        view = StoredFile(self.stored(image, size), self.blocks)
 
         async def read(offset: int, length: int) -> bytes:
             now = view.read_now(offset, length)

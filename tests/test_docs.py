@@ -31,10 +31,16 @@ IMPORTERS: Final = {
     "keystoneauth1": {"cachefs.sources.auth", "cachefs.sources.glance"},
     "openstack": {"cachefs.sources.auth"},
     "requests": {"cachefs.sources.glance"},
+    "oslo_utils": {"cachefs.formats.first_line"},
+    "zstandard": {"cachefs.formats.decompress"},
     "oslo_config": {"cachefs.config", "cachefs.option_types", "cachefs.sources.auth"},
 }
 PURE: Final = {"cachefs.errors", "cachefs.namespace", "cachefs.store.format", "cachefs.store.recipe"} | {
     f"cachefs.plan.{path.stem}" for path in (PACKAGE / "plan").glob("[!_]*.py")
+} | {
+    f"cachefs.formats.{path.stem}"
+    for path in (PACKAGE / "formats").glob("[!_]*.py")
+    if path.stem not in ("first_line", "inspection", "decompress")  # They call oslo.utils, and zstandard.
 }
 # Of the standard library, what would make a pure module depend on more than its arguments.
 IMPURE: Final = {

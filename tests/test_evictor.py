@@ -22,7 +22,7 @@ from cachefs.evictor import PAUSE_S, ROUND_S, SLICE_SPANS, STUCK_S, Asked, Cause
 from cachefs.leases import Leases
 from cachefs.plan.eviction import Priority
 from cachefs.store.content import Limits, Store, StoredView
-from cachefs.store.format import SpanNo, UseFlag, ViewKind, ViewNo
+from cachefs.store.format import SpanNo, UseFlag, ViewNo
 from cachefs.uses import LOOK_S, RETOUCH_S, Uses
 from tests.evictions import MIB, FakeStore, FakeView, wall_clock
 from tests.flow import quiet, virtual_time
@@ -807,7 +807,7 @@ async def test_an_image_that_ended_gives_its_space_back(tmp_path: Path) -> None:
         await land_spans(store, view, 1, range(10))
         await trio.sleep(LOOK_S + 1)
         before = store.usage().used
-        store.end_view(A, ViewKind.ORIGINAL)
+        store.end_views(A)
         await one_round()
         assert store.usage().used <= before - 9 * SPAN
         assert store.views() == []

@@ -13,26 +13,39 @@ from cachefs.namespace import (
     NAME_BYTES_MAX,
     Folder,
     Node,
+    Overlay,
     Slot,
     image_id,
     inode_of,
     link_name,
     node_of,
+    overlay_inode,
+    size_name,
+    size_of,
     unique_links,
 )
 from tests.stores import examples
 
 INODE_MAX = (1 << 64) - 1
 
-_numbers = st.integers(1, (1 << 59) - 1)
+_numbers = st.integers(1, (1 << 44) - 1)
 
 # ── Inodes ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_golden_inodes() -> None:
     # The kernel, NFS clients and backup tools remember them: they are the same in every release.
-    assert [(folder.name, int(folder)) for folder in Folder] == [("ROOT", 1), ("IMAGES", 2), ("BY_NAME", 3)]
-    assert [inode_of(slot, n) for n, slot in product((1, 2, 1000), Slot)] == [17, 20, 33, 36, 16001, 16004]
+    assert [(folder.name, int(folder)) for folder in Folder] == [
+        ("ROOT", 1),
+        ("IMAGES", 2),
+        ("BY_NAME", 3),
+        ("RAW", 4),
+        ("RESIZED", 5),
+    ]
+    assert [inode_of(slot, n) for n, slot in product((1, 1000), Slot)] == [
+        17, 18, 19, 20, 16001, 16002, 16003, 16004,
+    ]  # fmt: skip
+    assert [overlay_inode(view) for view in (1, 1000)] == [(1 << 48) + 1, (1 << 48) + 1000]
 
 
 @given(_numbers, st.sampled_from(Slot))
@@ -57,11 +70,45 @@ def test_an_inode_that_nobody_was_given_is_nothing(inode: int) -> None:
     node = node_of(inode)
     if isinstance(node, Node):
         assert inode_of(node.slot, node.image_number) == inode
+    elif isinstance(node, Overlay):
+        assert overlay_inode(node.view) == inode
     elif node is not None:
         assert node == inode
 
 
-@pytest.mark.parametrize("inode", [0, 4, 5, 6, 15, 16, 18, 19, 31])
+@given(st.integers(1, (1 << 32) - 1))
+@examples(100)
+def test_an_overlay_is_its_view(view: int) -> None:
+    assert node_of(overlay_inode(view)) == Overlay(view)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        (b"20G", 20 << 30),
+        (b"1", 1),
+        (b"21474836480", 20 << 30),
+        (b"8589934591G", 8589934591 << 30),
+        (b"8589934592G", None),
+        (b"9223372036854775807", (1 << 63) - 1),
+        (b"9223372036854775808", None),
+        *(
+            (name, None)
+            for name in (b"", b"0", b"020G", b"-1", b"+1", b"1.5G", b"1g", b"1M", b"1G ", b"\xff", b"G")
+        ),
+    ],
+)
+def test_sizes(name: bytes, size: int | None) -> None:
+    assert size_of(name) == size
+    if size is not None:
+        assert size_of(size_name(size)) == size
+
+
+def test_a_size_is_listed_in_one_spelling() -> None:
+    assert [size_name(size) for size in (20 << 30, (20 << 30) + 512)] == [b"20G", b"21474836992"]
+
+
+@pytest.mark.parametrize("inode", [0, 6, 15, 16, 21, 31])
 def test_kept_and_odd_inodes_are_nothing(inode: int) -> None:
     assert node_of(inode) is None
 

@@ -26,7 +26,7 @@ from cachefs.store import format as f
 from cachefs.store import scrub as looking
 from cachefs.store.check import check
 from cachefs.store.content import Store, StoredView
-from cachefs.store.format import ChunkId, ScrubRecord, SpanNo, Table, ViewKind, ViewNo
+from cachefs.store.format import ChunkId, ScrubRecord, SpanNo, Table, ViewNo
 from tests.stores import (
     SPAN,
     chunks_of,
@@ -245,7 +245,7 @@ def test_what_glance_has_no_more_is_lost_loudly_and_keeps_its_bytes(
     async def main() -> None:
         async with scrubbing(folder) as (store, scrubber):
             for number in (1, 2, 3, 4):
-                store.end_view(image_id(number), ViewKind.ORIGINAL)
+                store.end_views(image_id(number))
             before = {view.number: view.cached for view in store.views()}
             last = await finished(scrubber, scrubber.start())
             assert last["exit_status"] == 2

@@ -15,7 +15,7 @@ from cachefs.plan.extents import PAGE, Extent
 from cachefs.store import format as f
 from cachefs.store.check import check
 from cachefs.store.content import Limits, Store
-from cachefs.store.format import SpanNo, Table, ViewKind
+from cachefs.store.format import SpanNo, Table
 from cachefs.store.recipe import SpanMap
 from cachefs.store.recover import open_store
 from cachefs.store.verified import Verified
@@ -137,7 +137,7 @@ def test_what_lands_for_a_view_that_is_forgotten_meanwhile_is_nobodys(folder: Pa
             view = view_of(store, 1, SPAN)
             await store.writer.flush()
             outcome: list[bool] = []
-            store.end_view(view.record.image, ViewKind.ORIGINAL)
+            store.end_views(view.record.image)
             store.keep(view, 0, memoryview(random_bytes(1, SPAN)), outcome.append)
             store.forget_view(view.number)
             store.keep(view, 0, memoryview(random_bytes(1, SPAN)), outcome.append)
@@ -164,7 +164,7 @@ def test_an_ended_view_is_forgotten_when_nothing_of_it_is_left(folder: Path) -> 
             store.put(Table.USES, f.uses_key(view.number, 0), f.UsesRecord((1,) * 256, (0,) * 256).encode(b""))
             store.forget_view(view.number)
             assert store.views() == [view], "it has not ended"
-            store.end_view(view.record.image, ViewKind.ORIGINAL)
+            store.end_views(view.record.image)
             store.forget_view(view.number)
             assert store.views() == [view], "it holds bytes"
             await store.evict(spans_of(1, 1))

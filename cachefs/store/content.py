@@ -458,7 +458,7 @@ class Store:
         self.disk_reads = trio.CapacityLimiter(DISK_READS_MAX)
         self.images: dict[str, dict[str, Any]] = {}
         self._views: dict[ViewNo, StoredView] = {}
-        self._by_image: dict[tuple[str, ViewKind], StoredView] = {}
+        self._by_image: dict[tuple[str, ViewKind, int], StoredView] = {}
         self._maps_known: deque[tuple[StoredView, int]] = deque()
         self._next_view = opened.counters.view
         self._next_image = opened.counters.image
@@ -525,28 +525,43 @@ class Store:
 
     # ── views ──
 
-    def view(self, image: str, kind: ViewKind, size: int) -> StoredView:
-        """The view of `image`, remembered from now on. An image's bytes never change, so a size that differs
-        from the stored one is an error of the origin: StoreError."""
-        found = self._by_image.get((image, kind))
+    def view(self, image: str, kind: ViewKind, size: int, number: ViewNo | None = None) -> StoredView:
+        """The view of `image`, remembered from now on; a new one gets `number`, if that was given by
+        `new_view_number`. There is one resized view for each size; else an image's bytes never change, so a
+        size that differs from the stored one is an error of the origin: StoreError."""
+        found = self._by_image.get(_view_key(image, kind, size))
         if found is not None:
             if found.size != size:
                 raise StoreError(f"image {image} had {found.size} bytes and is said to have {size}")
             return found
-        number = ViewNo(self._next_view)
-        self._next_view += 1
+        number = self.new_view_number() if number is None else number
         record = ViewRecord(image, kind, size)
         self.writer.submit(SetView(number, record))
         return self._add_view(number, record)
 
-    def known_view(self, image: str, kind: ViewKind) -> StoredView | None:
-        return self._by_image.get((image, kind))
+    def new_view_number(self) -> ViewNo:
+        """A number that no view of this store had or will have."""
+        number = ViewNo(self._next_view)
+        self._next_view += 1
+        return number
 
-    def end_view(self, image: str, kind: ViewKind) -> None:
+    def known_view(self, image: str, kind: ViewKind, size: int = 0) -> StoredView | None:
+        """`size` matters for a resized view only."""
+        return self._by_image.get(_view_key(image, kind, size))
+
+    def resized_views(self, image: str) -> list[StoredView]:
+        """Those that were opened, by size."""
+        found = [view for key, view in self._by_image.items() if key[:2] == (image, ViewKind.RESIZED)]
+        return sorted(found, key=lambda view: view.size)
+
+    def view_by_number(self, number: ViewNo) -> StoredView | None:
+        return self._views.get(number)
+
+    def end_views(self, image: str) -> None:
         """The image is gone for good. Whoever has it open reads on; should its id ever come to mean other bytes,
-        they get a view of their own. What it holds is to be freed."""
-        view = self._by_image.pop((image, kind), None)
-        if view is not None:
+        they get views of their own. What these hold is to be freed."""
+        for key in [key for key in self._by_image if key[0] == image]:
+            view = self._by_image.pop(key)
             view.record = replace(view.record, kind=ViewKind.ENDED)
             self.writer.submit(SetView(view.number, view.record))
 
@@ -560,7 +575,7 @@ class Store:
         view = StoredView(self, number, record)
         self._views[number] = view
         if record.kind is not ViewKind.ENDED:
-            self._by_image[record.image, record.kind] = view
+            self._by_image[_view_key(record.image, record.kind, record.size)] = view
         return view
 
     def keep(self, view: StoredView, offset: int, data: memoryview, done: Callable[[bool], None]) -> None:
@@ -848,6 +863,10 @@ class Store:
             "commits": self.writer.commits,
             "trouble": self.writer.trouble,
         }
+
+
+def _view_key(image: str, kind: ViewKind, size: int) -> tuple[str, ViewKind, int]:
+    return image, kind, size if kind is ViewKind.RESIZED else 0
 
 
 class _Committed:

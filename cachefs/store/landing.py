@@ -181,8 +181,8 @@ class Lander:
         return Landed(view, span, span_map, self._ledger.views[view].cached), freed
 
     def quarantine(self, chunk_id: ChunkId, seen: tuple[SegmentNo, int] | None) -> bool:
-        """Looks at a chunk again; whether it is rotten. That is believed without a look where somebody has `seen` it
-        on the disk at this segment and page: the page cache may still have what the disk has lost."""
+        """Looks at a chunk again; whether it is rotten. That is believed without a look where somebody has `seen`
+        it on the disk at this segment and page: the page cache may still have what the disk has lost."""
         chunk = self._ledger.chunk(chunk_id)
         if chunk is None or chunk.rotten:
             return chunk is not None

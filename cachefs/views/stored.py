@@ -1,4 +1,6 @@
-"""Glance's bytes, unchanged. Rule: nothing here interprets them."""
+"""A file that the store has a view of: an image as Glance has it, or the disk inside. Rule: nothing here
+interprets its bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from cachefs.store.content import READ_MAX, StoredView
 from cachefs.views import Buffer
 
 
-class OriginalView:
-    """One opened `images/<uuid>`. Remembers how it is being read, to read ahead."""
+class StoredFile:
+    """One opened file. Remembers how it is being read, to read ahead."""
 
     __slots__ = ("_blocks", "_pattern", "_stored", "size")
 

@@ -1,0 +1,99 @@
+"""In which requests the file's bytes for a range of the disk come best. Rule: it orders what `Mapping` answers,
+and fetches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cachefs.formats.qcow2 import Compressed, Data, Mapping, Need, Piece, Zero
+from cachefs.plan.extents import Extent, coalesce
+
+
+class Placed(NamedTuple):
+    """A piece that is in the file, and the byte of the disk that it begins at."""
+
+    disk_offset: int
+    piece: Data | Compressed
+
+    @property
+    def file_extent(self) -> Extent:
+        piece = self.piece
+        length = piece.file_length if isinstance(piece, Compressed) else piece.length
+        return Extent(piece.file_offset, piece.file_offset + length)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """One request for `extent` of the file, and the pieces that lie in it whole, in the order of the file."""
+
+    extent: Extent
+    parts: tuple[Placed, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A range of the disk: the zeros in it, in order, and the requests for all else, the first needed first."""
+
+    zeros: tuple[Extent, ...]
+    fetches: tuple[Fetch, ...]
+
+
+def sequential_plan(offset: int, pieces: Iterable[Piece], gap_max: int) -> Plan:
+    """Few large requests for `pieces`, which begin at `offset` of the disk. What is not wanted in between is
+    fetched as well where it is at most `gap_max` bytes long. Best asked for whole clusters: a part of a compressed
+    one costs as much."""
+    zeros: list[Extent] = []
+    placed = sorted(_placed(offset, pieces, zeros), key=_in_file)
+    extents = coalesce((part.file_extent for part in placed), gap_max)
+    fetches: list[Fetch] = []
+    at = 0
+    for extent in extents:
+        begin = at
+        while at < len(placed) and placed[at].piece.file_offset < extent.end:
+            at += 1
+        fetches.append(Fetch(extent, tuple(placed[begin:at])))
+    fetches.sort(key=lambda fetch: min(part.disk_offset for part in fetch.parts))
+    return Plan(tuple(zeros), tuple(fetches))
+
+
+def everything(mapping: Mapping) -> Iterator[Need | Placed]:
+    """All of the disk that is in the file, in the order of the disk. A Need that it yields is to be fed before it
+    is asked on: else it yields it again."""
+    at = 0
+    while at < mapping.header.size:
+        length = min(mapping.lookup_max - at % mapping.lookup_max, mapping.header.size - at)
+        found = mapping.lookup(at, length)
+        if isinstance(found, Need):
+            yield found
+            continue
+        yield from _placed(at, found, [])
+        at += length
+
+
+def file_order(placed: Iterable[Placed], pieces_max: int) -> list[Placed] | None:
+    """The pieces as one pass over the file meets them. None when there are more than `pieces_max`, of some 200
+    bytes each: then the file is better stored first."""
+    kept: list[Placed] = []
+    for part in placed:
+        if len(kept) == pieces_max:
+            return None
+        kept.append(part)
+    kept.sort(key=_in_file)
+    return kept
+
+
+def _in_file(part: Placed) -> int:
+    return part.piece.file_offset
+
+
+def _placed(offset: int, pieces: Iterable[Piece], zeros: list[Extent]) -> Iterator[Placed]:
+    """The pieces with their places on the disk; those of zeros go to `zeros`."""
+    for piece in pieces:
+        if isinstance(piece, Zero):
+            zeros.append(Extent(offset, offset + piece.length))
+        else:
+            yield Placed(offset, piece)
+        offset += piece.length
