@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +131,8 @@ def _status(arguments: argparse.Namespace) -> int:
         ("images", f"{found['images']['known']} known, {found['images']['open']} open"),
         (
             "store",
-            f"{store['path']}: {size(store['bytes_cached'])} of images in {size(store['bytes_on_disk'])} on disk",
+            f"{store['path']}: {size(store['bytes_cached'])} of images in {size(store['bytes_on_disk'])} "
+            f"of {size(store['bytes_limit'])}",
         ),
         ("shared", f"{size(store['bytes_shared'])} by deduplication, {size(store['bytes_zero'])} of zeros"),
         ("reads", f"{reads['hits']} hits, {reads['misses']} misses, {reads['waiting']} waiting"),
@@ -140,6 +141,14 @@ def _status(arguments: argparse.Namespace) -> int:
             f"{size(fetcher['bytes_fetched'])} in {fetcher['requests']} requests, {fetcher['flights']} under way",
         ),
     ]
+    evictor, scrub, disk = found["evictor"], found["scrub"], store["disk"]
+    evicted = sum(cause["bytes"] for cause in evictor["evicted"].values())
+    rows.append(("evicted", f"{size(evicted)}; {evictor['pinned_images']} images pinned"))
+    rows.append(("scrub", _scrub_words(scrub)))
+    if disk["state"] != "healthy":
+        rows.append(("disk", f"{disk['state']}: {disk['why']}"))
+    if evictor["stuck"]:
+        rows.append(("full", evictor["stuck"]))
     if store["trouble"]:
         rows.append(("not kept", f"{size(store['bytes_not_kept'])}: {store['trouble']}"))
     if found["images"]["glance_trouble"]:
@@ -147,6 +156,15 @@ def _status(arguments: argparse.Namespace) -> int:
     for name, value in rows:
         print(f"{name + ':':12} {value}")
     return DONE
+
+
+def _scrub_words(scrub: Mapping[str, Any]) -> str:
+    words = scrub["state"] if scrub["share"] is None else f"{scrub['state']}, {scrub['share']:.0%} done"
+    if scrub["ended"]:
+        words += f"; the last ended {time.strftime('%Y-%m-%d %H:%M', time.localtime(scrub['ended']))}"
+    if scrub["rotten"] or scrub["lost"]:
+        words += f"; {scrub['rotten']} chunks rotten, {scrub['lost']} spans lost"
+    return words
 
 
 def _images(arguments: argparse.Namespace) -> int:

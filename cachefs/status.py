@@ -61,7 +61,6 @@ class Status:
             "store": store,
             "evictor": self._evictor.status(),
             "scrub": self._scrubber.status(),
-            "pinned": {"images": len(self._leases.pinned), "bytes": self._leases.pinned_bytes},
             "images": {
                 "known": len(self._catalog),
                 "open": len(self._filesystem.open_count),
