@@ -19,7 +19,8 @@ setup:
 demo: setup
 	@KEEP="$(KEEP)" $(PYTHON_VENV) -m demo $(ARGS)
 
-test: setup
+test:
+	@setup/install test
 	@$(PYTHON_VENV) -m pytest $(ARGS)
 
 lint: setup
@@ -32,5 +33,5 @@ bench:
 	@$(PYTHON_VENV) -m bench $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .guest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

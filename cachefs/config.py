@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import pwd
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -84,6 +85,11 @@ class ScrubConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ConvertConfig:
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
 class ControlConfig:
     socket: str
 
@@ -111,6 +117,7 @@ class Config:
     store: StoreConfig
     glance: GlanceConfig
     scrub: ScrubConfig
+    convert: ConvertConfig
     control: ControlConfig
     log: LogConfig
 
@@ -247,6 +254,14 @@ _OPTIONS: dict[str, list[cfg.Opt]] = {
             help="Local hours in which a scrub by interval may work, as in 22-6; any hour if unset.",
         ),
     ],
+    "convert": [
+        cfg.StrOpt(
+            "user",
+            default="nobody",
+            help="Account as which qemu-nbd reads images in other formats than raw and qcow2; best one that "
+            "nothing else runs as. Without root it stays the daemon's.",
+        ),
+    ],
     "control": [
         cfg.Opt(
             "socket",
@@ -265,6 +280,8 @@ _SECTION_HELP = {
     "(password and v3applicationcredential are shown below; keystoneauth has more), cloud, or "
     "auth_type = none with endpoints.",
     "scrub": "When and how fast everything that is cached is compared with its digests.",
+    "convert": "How the disks of vmdk, vhd, vhdx, vdi and ploop images are read: by qemu-nbd in a sandbox, where "
+    "qemu-utils is installed.",
     "control": "How the cachefs command reaches the daemon.",
 }
 
@@ -486,6 +503,10 @@ def _reason(opt: cfg.Opt, error: Exception) -> str:
 
 def _contradictions(conf: cfg.ConfigOpts) -> Iterator[ConfigError]:
     mountpoint, store, socket = conf.mount.mountpoint, conf.store.path, conf.control.socket
+    try:
+        pwd.getpwnam(conf.convert.user)
+    except KeyError:
+        yield ConfigError("convert/user", f"there is no user {conf.convert.user} here")
     if conf.store.low_watermark >= conf.store.high_watermark:
         yield ConfigError("store/low_watermark", "is not below high_watermark: eviction would never end")
     if PurePath(store).is_relative_to(mountpoint):
@@ -535,6 +556,7 @@ def _config(conf: cfg.ConfigOpts) -> Config:
             negative_ttl=glance.negative_ttl,
         ),
         scrub=ScrubConfig(scrub.interval, scrub.bandwidth, scrub.hours),
+        convert=ConvertConfig(conf.convert.user),
         control=ControlConfig(socket=conf.control.socket),
         log=LogConfig(debug=conf.debug, conf=conf),
     )

@@ -12,11 +12,13 @@ import faulthandler
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ from pathlib import Path
 import trio
 
 from cachefs import __version__
-from cachefs.blocks import Blocks
+from cachefs.blocks import Blocks, Buffer
 from cachefs.catalog import Catalog, Image
 from cachefs.commands import Commands
 from cachefs.compactor import Compactor
@@ -37,10 +39,14 @@ from cachefs.fuse import Filesystem, Mount
 from cachefs.guest_disks import GuestDisks
 from cachefs.leases import Leases
 from cachefs.notify import notify
+from cachefs.plan.windows import Pattern
+from cachefs.sandbox import Account
 from cachefs.scrubber import Around, Fate, Scrubber
+from cachefs.sources.converted import Converted
+from cachefs.sources.converter import QemuNbd
 from cachefs.sources.glance import Glance
 from cachefs.status import Status
-from cachefs.store.content import Limits, Store, StoredView
+from cachefs.store.content import READ_MAX, Limits, Store, StoredView
 from cachefs.store.format import SpanNo, ViewKind
 from cachefs.store.health import STOP_S, State
 from cachefs.uses import BOOT_S, Uses
@@ -85,6 +91,7 @@ class _Node:
     evictor: Evictor
     scrubber: Scrubber
     compactor: Compactor
+    converted: Converted | None
     mount: Mount
     control: ControlServer
     status: Status
@@ -111,7 +118,8 @@ def _build(config: Config, store: Store) -> _Node:
     blocks = Blocks(fetcher, config.mount.read_deadline)
     catalog = Catalog(glance, store, config.glance.listing_ttl, config.glance.negative_ttl)
     leases = Leases(store, lambda: int(_limits(config).max_size * config.store.pin_share))
-    disks = GuestDisks(catalog, store, fetcher, blocks)
+    converted = _converted(config, catalog, store, blocks, leases)
+    disks = GuestDisks(catalog, store, fetcher, blocks, converted)
     fetcher.translate = disks.bring
     filesystem = Filesystem(config.mount, catalog, store, blocks, leases, disks, config.glance.negative_ttl)
     mount = Mount(filesystem, config.mount)
@@ -119,6 +127,8 @@ def _build(config: Config, store: Store) -> _Node:
     def gone(image: Image) -> None:
         mount.forget(image)
         disks.forget(image.id)
+        if converted is not None:
+            converted.forget(image.id)
 
     catalog.on_gone = gone
 
@@ -149,8 +159,56 @@ def _build(config: Config, store: Store) -> _Node:
     handlers = status.handlers() | commands.handlers() | scrubber.handlers()
     control = ControlServer(config.control.socket, handlers)
     return _Node(
-        store, fetcher, blocks, catalog, leases, uses, evictor, scrubber, compactor, mount, control, status
+        store,
+        fetcher,
+        blocks,
+        catalog,
+        leases,
+        uses,
+        evictor,
+        scrubber,
+        compactor,
+        converted,
+        mount,
+        control,
+        status,
     )
+
+
+def _converted(config: Config, catalog: Catalog, store: Store, blocks: Blocks, leases: Leases) -> Converted | None:
+    """What reads disks in other formats; None where there is no qemu-nbd."""
+    if shutil.which("qemu-nbd") is None:
+        return None
+
+    @asynccontextmanager
+    async def open_input(image: str) -> AsyncIterator[ImageInput]:
+        known = await catalog.openable(image)
+        view = store.view(known.id, ViewKind.ORIGINAL, known.size)
+        leases.opened(view.number)
+        try:
+            yield ImageInput(view, blocks)
+        finally:
+            leases.released(view.number)
+
+    def disk_format(image: str) -> str:
+        known = catalog.known(image)
+        return known.disk_format or "" if known is not None else ""
+
+    return Converted(open_input, disk_format, QemuNbd(Account.of(config.convert.user)))
+
+
+class ImageInput:
+    """An image's own bytes, for whoever converts it."""
+
+    def __init__(self, view: StoredView, blocks: Blocks) -> None:
+        self._view, self._blocks = view, blocks
+        self._pattern = Pattern()
+        self.size = view.size
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Exactly `length` bytes. Raises OriginError, within the deadline of a read."""
+        now = self._view.read_now(offset, length) if length <= READ_MAX else None
+        return bytes(await self._blocks.read(self._view, offset, length, self._pattern) if now is None else now)
 
 
 async def _fate(catalog: Catalog, view: StoredView) -> Fate:
@@ -175,6 +233,8 @@ async def _serve(node: _Node) -> None:
             async with trio.open_nursery() as services:
                 await services.start(node.fetcher.run)
                 await services.start(node.catalog.run)
+                if node.converted is not None:
+                    await services.start(node.converted.run)
                 for loop in (node.uses, node.evictor, node.scrubber, node.compactor):
                     await services.start(loop.run)
                 try:

@@ -131,6 +131,8 @@ class Filesystem(pyfuse3.Operations):
         view: View = StoredFile(stored, self._blocks)
         leased = [stored.number]
         if isinstance(node, Overlay):
+            if size < stored.size:  # Looked up when the image of this id was another one.
+                raise NoEntry(image_id)
             view = ResizedView(view, size)
             leased.append(self._store.view(image.id, ViewKind.RESIZED, size, ViewNo(node.view)).number)
         handle = next(self._handles)
@@ -192,9 +194,9 @@ class Filesystem(pyfuse3.Operations):
             return known.number
         number = self._sizes.get((image, size))
         if number is None:
-            if len(self._sizes) >= SIZES_MAX:  # The kernel looks the others up again.
-                self._sizes.clear()
-                self._overlays.clear()
+            if len(self._sizes) >= SIZES_MAX:
+                oldest = next(iter(self._sizes))
+                del self._overlays[self._sizes.pop(oldest)]
             number = self._sizes[image, size] = self._store.new_view_number()
             self._overlays[number] = (image, size)
         return number
@@ -240,9 +242,12 @@ class Filesystem(pyfuse3.Operations):
             self._describe(entry, image, stat.S_IFDIR | 0o555, 0)
             entry.st_nlink = 2
         elif node.slot is Slot.RAW:
-            # Without a size what is refused, and what nobody has looked at: a listing does not fetch.
-            size = image.disk.size or 0 if image.disk is not None else 0
-            self._describe_file(entry, image, size, self._stored(image, Slot.RAW))
+            # Without a size what is refused, and what nobody has looked at: a listing does not fetch. Whoever has
+            # it open since before it was refused is to get errors, not its end.
+            stored = self._stored(image, Slot.RAW)
+            known = image.disk.size if image.disk is not None else None
+            held = stored.size if stored is not None and self._leases.is_leased(stored) else 0
+            self._describe_file(entry, image, held if known is None else known, stored)
             if image.disk is None:
                 entry.entry_timeout = entry.attr_timeout = 0
         else:
@@ -478,7 +483,8 @@ class Mount:
         """Has the kernel look the image's name up again."""
         if self._mounted:
             name = pyfuse3.FileNameT(image.id.encode())
-            pyfuse3.invalidate_entry_async(pyfuse3.InodeT(Folder.IMAGES), name, ignore_enoent=True)
+            for folder in (Folder.IMAGES, Folder.RAW, Folder.RESIZED):
+                pyfuse3.invalidate_entry_async(pyfuse3.InodeT(folder), name, ignore_enoent=True)
 
     def close(self) -> None:
         """Unmounts, lazily where files are open; their readers get an error from now on."""

@@ -11,16 +11,28 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import trio
 
 from cachefs.arriving import FlightSink
 from cachefs.blocks import Blocks
+from cachefs.bounds import Bound
 from cachefs.catalog import Catalog, Disk, Image
-from cachefs.errors import FormatError, ImageRefused, OriginError, OriginLied, OriginUnavailable, RangeRefused
+from cachefs.errors import (
+    CachefsError,
+    FormatError,
+    ImageGone,
+    ImageRefused,
+    NoEntry,
+    OriginError,
+    OriginLied,
+    OriginUnavailable,
+    RangeRefused,
+)
 from cachefs.fetcher import Fetcher
 from cachefs.flights import Flight
 from cachefs.formats.decompress import decompress
@@ -28,8 +40,9 @@ from cachefs.formats.inspection import Inspection, guest_disk_inspection
 from cachefs.formats.qcow2 import Compressed, Data, Mapping, Need, Piece
 from cachefs.formats.qcow2_fetch import Fetch, Placed, sequential_plan
 from cachefs.formats.qcow2_header import HEAD_MAX, Header
-from cachefs.plan.extents import Extent, ceil
+from cachefs.plan.extents import BLOCK, Extent, ceil, coalesce
 from cachefs.sources import Source
+from cachefs.sources.converted import ConversionRefused, ToolMissing
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import OriginMode, ViewKind
 
@@ -41,10 +54,13 @@ STEP_FIRST, STEP_MAX = 512 << 10, 4 << 20
 STEPS_AT_ONCE = 3
 # Fetched along where it lies between two wanted extents of the file: cheaper than another request.
 GAP_MAX = 256 << 10
+# One request for a step, and all of them of all steps, in bytes of the file.
+FETCH_MAX, FETCHES_MAX = 4 << 20, 32 << 20
 # Requests at once for one step, where a disk lies scattered in its file.
 FETCHES_AT_ONCE = 4
 # Clusters that are unpacked in one hop to a thread.
 UNPACK_BATCH = 1 << 20
+UNPACK_AT_ONCE = 2
 # Images whose tables are kept in memory (4 MiB each at most).
 MAPPINGS_MAX, TABLES_MAX = 16, 4 << 20
 # Tables that others push out while one waits for its own are asked for again so often.
@@ -71,6 +87,24 @@ class _Step:
         self.out = bytearray(self.extent.length)
 
 
+@dataclass(frozen=True, eq=False)
+class _Inside:
+    """A qcow2 whose disk a flight is to bring: the view of its file, and its tables."""
+
+    flight: Flight
+    image: Image
+    original: StoredView
+    mapping: Mapping
+
+
+@dataclass(eq=False)
+class _Looking:
+    """An inspection that is under way, and everybody who waits for what it comes to."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    error: CachefsError | None = None
+
+
 class GuestDisks:
     """See the module. `converted` is None where there is no tool for other formats. All on the loop."""
 
@@ -80,35 +114,65 @@ class GuestDisks:
         store: Store,
         fetcher: Fetcher,
         blocks: Blocks,
-        converted: Callable[[], Source] | None = None,
+        converted: Source | None = None,
     ) -> None:
         self._catalog, self._store, self._fetcher, self._blocks = catalog, store, fetcher, blocks
         self._converted = converted
-        self._mappings: OrderedDict[str, Mapping] = OrderedDict()
-        self._inspecting: dict[str, trio.Lock] = {}
-        self._unpacking = trio.CapacityLimiter(2)
+        self._mappings: OrderedDict[tuple[str, int], Mapping] = OrderedDict()
+        self._looking: dict[str, _Looking] = {}
+        self._fetched = Bound(FETCHES_MAX)
+        self._unpacking = trio.CapacityLimiter(UNPACK_AT_ONCE)
 
     # ── what is inside ──
 
     async def inspect(self, image: Image) -> Disk:
-        """What is known of the disk inside, asked for once. Raises OriginError when that cannot be had now. A
-        refused one has a reason and no size."""
-        if image.disk is not None:
-            return image.disk
-        lock = self._inspecting.setdefault(image.id, trio.Lock())
-        try:
-            async with lock:
-                known = self._catalog.known(image.id) or image
-                if known.disk is None:
-                    disk = await self._inspect(image)
-                    self._learn(image, disk)
-                    return disk
-                return known.disk
-        finally:
-            if not lock.locked():
-                self._inspecting.pop(image.id, None)
+        """What is known of the disk inside, asked for once. Raises OriginError when that cannot be had now, and
+        NoEntry when the image is gone meanwhile. A refused one has a reason and no size."""
+        while (disk := (image := self._still(image)).disk) is None:
+            await self._look(image.id, partial(self._inspect, image))
+        return disk
 
-    async def _inspect(self, image: Image) -> Disk:
+    async def open(self, image: Image) -> StoredView:
+        """The view of the disk, which may be read from now on. Raises ImageRefused, and as `inspect` does."""
+        while True:
+            await self.inspect(image)
+            image = self._still(image)
+            disk = image.disk
+            if disk is None:
+                continue  # It is said to be of another format now.
+            if disk.refused is not None:
+                raise ImageRefused(image.id, disk.refused)
+            assert disk.size is not None, "what is not refused has a size"
+            if image.disk_format in PLAIN:
+                return self._original(image)
+            if image.disk_format != "qcow2" and self._converted is None:
+                raise ImageRefused(image.id, f"a disk in {image.disk_format} needs qemu-utils: not installed")
+            view = self._store.view(image.id, ViewKind.RAW, disk.size)
+            if disk.seen:
+                return view
+            await self._look(image.id, partial(self._inspect_inside, image, view, disk))
+
+    async def _look(self, image: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Does `work`, unless an inspection of this image is under way: then its end is waited for, and its
+        failure is everybody's. Who returns looks at what is known now."""
+        looking = self._looking.get(image)
+        if looking is not None:
+            await looking.done.wait()
+            if looking.error is not None:
+                raise looking.error.again()
+            return
+        looking = self._looking[image] = _Looking()
+        try:
+            await work()
+        except CachefsError as error:
+            looking.error = error
+            raise
+        finally:
+            del self._looking[image]
+            looking.done.set()
+
+    async def _inspect(self, image: Image) -> None:
+        self._still(image)
         original = self._original(image)
         inspection = Inspection(image.disk_format, image.size)
         while (extent := inspection.wants()) is not None:
@@ -116,52 +180,49 @@ class GuestDisks:
         verdict = inspection.verdict
         assert verdict is not None, "it wants nothing more"
         if not verdict.ok or verdict.virtual_size is None:
-            return Disk(refused=verdict.reason or "its content cannot be made out")
+            self._learn(image, Disk(refused=verdict.reason or "its content cannot be made out"))
+            return
         plain = image.disk_format in PLAIN
-        if not plain and image.disk_format != "qcow2" and self._converted is None:
-            return Disk(size=verdict.virtual_size, format=verdict.real_format)
-        return Disk(size=verdict.virtual_size, format=verdict.real_format, seen=plain)
-
-    async def open(self, image: Image) -> StoredView:
-        """The view of the disk, which may be read from now on. Raises ImageRefused, or OriginError."""
-        disk = await self.inspect(image)
-        if disk.refused is not None:
-            raise ImageRefused(image.id, disk.refused)
-        assert disk.size is not None, "what is not refused has a size"
-        if image.disk_format in PLAIN:
-            return self._original(image)
-        if image.disk_format != "qcow2" and self._converted is None:
-            raise ImageRefused(image.id, f"a disk in {image.disk_format} needs qemu-utils, which is not installed")
-        view = self._store.view(image.id, ViewKind.RAW, disk.size)
-        if not disk.seen:
-            await self._inspect_inside(image, view, disk)
-        return view
+        self._learn(image, Disk(size=verdict.virtual_size, format=verdict.real_format, seen=plain))
 
     async def _inspect_inside(self, image: Image, view: StoredView, disk: Disk) -> None:
         inspection = guest_disk_inspection(view.size)
         while (extent := inspection.wants()) is not None:
-            inspection.feed(extent.start, bytes(await self._blocks.read_just(view, extent)))
+            inspection.feed(extent.start, await self._exactly(view, extent))
         verdict = inspection.verdict
         assert verdict is not None, "it wants nothing more"
-        if not verdict.ok:
+        if verdict.ok:
+            self._learn(image, Disk(size=disk.size, format=disk.format, seen=True))
+        else:
             self._learn(image, Disk(refused=verdict.reason))
-            raise ImageRefused(image.id, verdict.reason)
-        self._learn(image, Disk(size=disk.size, format=disk.format, seen=True))
+
+    def _still(self, image: Image) -> Image:
+        """The same image, as it is known now. Raises NoEntry when it is gone, whatever has its id by now."""
+        known = self._catalog.known(image.id)
+        if known is None or known.number != image.number:
+            raise NoEntry(image.id)
+        return known
 
     def _learn(self, image: Image, disk: Disk) -> None:
+        """Remembers what was found of `image`, unless that is another one by now, or said to be something else."""
+        known = self._catalog.known(image.id)
+        if known is None or (known.number, known.disk_format) != (image.number, image.disk_format):
+            return
+        if known.disk is not None and known.disk.refused is not None:
+            return  # For good.
         if disk.refused is not None:
             log.warning("[image %s] refused as a disk: %s", image.id, disk.refused)
         self._catalog.learn_disk(image.id, disk)
 
-    def _refuse(self, image: str, reason: str) -> ImageRefused:
-        known = self._catalog.known(image)
-        if known is not None and (known.disk is None or known.disk.refused is None):
-            self._learn(known, Disk(refused=reason))
-        return ImageRefused(image, reason)
+    def _refuse(self, image: Image, error: FormatError) -> ImageRefused:
+        """What was to be translated turned out to lie."""
+        self._learn(image, Disk(refused=error.reason))
+        return ImageRefused(image.id, error.reason)
 
     def forget(self, image: str) -> None:
         """The image is gone."""
-        self._mappings.pop(image, None)
+        for key in [key for key in self._mappings if key[0] == image]:
+            del self._mappings[key]
 
     # ── bytes of the file ──
 
@@ -172,14 +233,17 @@ class GuestDisks:
         """Bytes through the view, and into the store: what is looked at again."""
         return bytes(await self._blocks.read_just(view, extent))
 
-    async def _file(self, flight: Flight, original: StoredView, extent: Extent) -> bytes | memoryview:
-        """Bytes that are to be kept as those of the disk: from Glance, unless the file is here, or comes whole."""
+    async def _file(self, inside: _Inside, fetch: Fetch) -> bytes | memoryview:
+        """Bytes that are to be kept as those of the disk: from Glance, unless they are here or on their way.
+        What is fetched for less than half of it is kept as the file's, so that it is not fetched over and over."""
+        original, extent = inside.original, fetch.extent
         await self._blocks.load(original, extent)
-        here = not original.absent(extent) and original.is_well
-        if not here and original.record.origin is not OriginMode.STREAM:
-            body = _Body(original.record.image, extent)
+        absent = original.absent(extent)
+        here = original.is_well and not any(self._fetcher.not_under_way(original, gap) for gap in absent)
+        if not here and not fetch.is_wasteful and original.record.origin is not OriginMode.STREAM:
+            body = _Body(inside.image.id, extent)
             try:
-                await self._fetcher.ask(flight, original.record.image, original.size, extent, body)
+                await self._fetcher.ask(inside.flight, inside.image.id, original.size, extent, body)
             except RangeRefused:
                 self._store.set_origin(original, OriginMode.STREAM)
             else:
@@ -190,87 +254,102 @@ class GuestDisks:
 
     async def bring(self, flight: Flight, sink: FlightSink) -> None:
         """Gives `sink` the bytes of the disk from `flight.at` to the end of the flight. Raises OriginError."""
-        image = self._catalog.known(flight.view.record.image)
-        if image is None:
-            raise OriginUnavailable(flight.view.record.image, "nothing is known of the image any more")
+        view = flight.view
+        image = self._catalog.known(view.record.image)
+        if image is None or self._store.known_view(image.id, ViewKind.RAW) is not view:
+            raise ImageGone(view.record.image, "what its disk is made of is known no more")
         if image.disk_format != "qcow2":
             if self._converted is None:
                 raise ImageRefused(image.id, "qemu-utils is not installed")
-            rest = Extent(flight.at, flight.extent.end)
-            await self._converted().fetch(image.id, flight.view.size, rest, sink)
+            try:
+                await self._converted.fetch(image.id, view.size, Extent(flight.at, flight.extent.end), sink)
+            except ConversionRefused as error:
+                if isinstance(error, ToolMissing):
+                    raise
+                raise self._refuse(image, FormatError(error.detail)) from error
             return
+        original = self._original(image)
         try:
-            await self._translate(flight, image, await self._mapping(image), sink)
+            mapping = await self._mapping(image, original)
+            if mapping.header.size != view.size:
+                raise FormatError(f"its disk of {view.size} bytes has {mapping.header.size} now")
+            await self._translate(_Inside(flight, image, original, mapping), sink)
         except FormatError as error:
-            raise self._refuse(image.id, error.reason) from error
+            raise self._refuse(image, error) from error
 
-    async def _mapping(self, image: Image) -> Mapping:
-        mapping = self._mappings.get(image.id)
+    async def _mapping(self, image: Image, original: StoredView) -> Mapping:
+        key = image.id, image.number
+        mapping = self._mappings.get(key)
         if mapping is None:
-            head = await self._exactly(self._original(image), Extent(0, min(HEAD_MAX, image.size)))
-            mapping = self._mappings.setdefault(image.id, Mapping(Header.parse(head, image.size), TABLES_MAX))
+            head = await self._exactly(original, Extent(0, min(HEAD_MAX, image.size)))
+            mapping = self._mappings.setdefault(key, Mapping(Header.parse(head, image.size), TABLES_MAX))
             while len(self._mappings) > MAPPINGS_MAX:
                 self._mappings.popitem(last=False)
-        self._mappings.move_to_end(image.id)
+        self._mappings.move_to_end(key)
         return mapping
 
-    async def _translate(self, flight: Flight, image: Image, mapping: Mapping, sink: FlightSink) -> None:
+    async def _translate(self, inside: _Inside, sink: FlightSink) -> None:
         pending: deque[_Step] = deque()
+        error: OriginError | None = None
+        whole = Extent(inside.flight.at, inside.flight.extent.end)
         async with trio.open_nursery() as nursery:
-            for extent in _steps(Extent(flight.at, flight.extent.end), mapping.header.cluster_size):
-                step = _Step(extent)
-                nursery.start_soon(self._work, flight, image, mapping, step)
-                pending.append(step)
-                if len(pending) == STEPS_AT_ONCE and (error := await _deliver(pending.popleft(), sink)):
-                    break
-            else:
-                error = None
-                while pending and error is None:
+            for extent in _steps(whole, inside.mapping.header.cluster_size):
+                if len(pending) == STEPS_AT_ONCE:
                     error = await _deliver(pending.popleft(), sink)
+                if error is not None:
+                    break
+                pending.append(_Step(extent))
+                nursery.start_soon(self._work, inside, pending[-1])
+            while pending and error is None:
+                error = await _deliver(pending.popleft(), sink)
             nursery.cancel_scope.cancel()
         if error is not None:
             raise error
 
-    async def _work(self, flight: Flight, image: Image, mapping: Mapping, step: _Step) -> None:
+    async def _work(self, inside: _Inside, step: _Step) -> None:
         try:
-            pieces = await self._pieces(image, mapping, step.extent)
-            plan = sequential_plan(step.extent.start, pieces, GAP_MAX)
-            limit = trio.CapacityLimiter(FETCHES_AT_ONCE)
-            failed: list[OriginError] = []
-
-            async def one(fetch: Fetch) -> None:
-                async with limit:
-                    try:
-                        if not failed:
-                            data = await self._file(flight, self._original(image), fetch.extent)
-                            await self._place(mapping.header, fetch, memoryview(data), step)
-                    except (OriginError, FormatError) as error:
-                        failed.append(self._as_origin_error(image, error))
-
-            async with trio.open_nursery() as nursery:
-                for fetch in plan.fetches:
-                    nursery.start_soon(one, fetch)
-            step.error = failed[0] if failed else None
-        except (OriginError, FormatError) as error:
-            step.error = self._as_origin_error(image, error)
+            pieces = await self._pieces(inside, step.extent)
+            plan = sequential_plan(step.extent.start, pieces, GAP_MAX, FETCH_MAX)
+            await _each((partial(self._fill, inside, fetch, step) for fetch in plan.fetches), FETCHES_AT_ONCE)
+        except FormatError as error:
+            step.error = self._refuse(inside.image, error)
+        except OriginError as error:
+            step.error = error
         except Exception:
-            log.exception("[image %s] unexpected failure of a translation", image.id)
-            step.error = OriginUnavailable(image.id, "unexpected failure of a translation")
+            log.exception("[image %s] unexpected failure of a translation", inside.image.id)
+            step.error = OriginUnavailable(inside.image.id, "unexpected failure of a translation")
         step.done.set()
 
-    def _as_origin_error(self, image: Image, error: OriginError | FormatError) -> OriginError:
-        return self._refuse(image.id, error.reason) if isinstance(error, FormatError) else error
-
-    async def _pieces(self, image: Image, mapping: Mapping, extent: Extent) -> list[Piece]:
-        original = self._original(image)
+    async def _pieces(self, inside: _Inside, extent: Extent) -> list[Piece]:
         for _ in range(LOOKUPS_MAX):
-            found = mapping.lookup(extent.start, extent.length)
+            found = inside.mapping.lookup(extent.start, extent.length)
             if not isinstance(found, Need):
                 return found
-            tables = [(need, await self._exactly(original, need)) for need in found.extents]
-            for need, data in tables:  # No await in between: nobody pushes them out.
-                mapping.feed(need.start, data)
-        raise OriginUnavailable(image.id, "its tables do not stay in memory")
+            got: list[tuple[Extent, bytes]] = []
+
+            async def bring(extent: Extent, got: list[tuple[Extent, bytes]] = got) -> None:
+                got.append((extent, await self._exactly(inside.original, extent)))
+
+            # Small tables lie close to one another, and come in blocks anyway.
+            together = coalesce(found.extents, BLOCK)
+            await _each((partial(bring, extent) for extent in together), FETCHES_AT_ONCE)
+            got.sort()
+            at = 0
+            for need in sorted(found.extents):  # No await in between: nobody pushes them out.
+                while got[at][0].end < need.end:
+                    at += 1
+                start, data = got[at][0].start, got[at][1]
+                inside.mapping.feed(need.start, data[need.start - start : need.end - start])
+        raise OriginUnavailable(inside.image.id, "its tables do not stay in memory")
+
+    async def _fill(self, inside: _Inside, fetch: Fetch, step: _Step) -> None:
+        """Fetches, and puts what the bytes are or hold to its place."""
+        await self._fetched.take(inside.flight, fetch.extent.length)
+        try:
+            data = memoryview(await self._file(inside, fetch))
+            await self._place(inside.mapping.header, fetch, data, step)
+        finally:
+            self._fetched.give_back(fetch.extent.length)
 
     async def _place(self, header: Header, fetch: Fetch, data: memoryview, step: _Step) -> None:
         out = memoryview(step.out)
@@ -281,23 +360,35 @@ class GuestDisks:
                 out[at : at + part.piece.length] = data[source : source + part.piece.length]
             else:
                 packed.append(part)
+
+        async def unpack(some: list[Placed]) -> None:
+            await trio.to_thread.run_sync(
+                _unpack, header, some, data, fetch.extent.start, out, step.extent.start, limiter=self._unpacking
+            )
+
         batch = max(1, UNPACK_BATCH // header.cluster_size)
-        async with trio.open_nursery() as nursery:
-            failed: list[FormatError] = []
+        batches = (packed[first : first + batch] for first in range(0, len(packed), batch))
+        await _each((partial(unpack, some) for some in batches), UNPACK_AT_ONCE)
 
-            async def unpack(some: list[Placed]) -> None:
-                try:
-                    await trio.to_thread.run_sync(
-                        _unpack, header, some, data, fetch.extent.start, out, step.extent.start,
-                        limiter=self._unpacking,
-                    )  # fmt: skip
-                except FormatError as error:
-                    failed.append(error)
 
-            for first in range(0, len(packed), batch):
-                nursery.start_soon(unpack, packed[first : first + batch])
-        if failed:
-            raise failed[0]
+async def _each(works: Iterable[Callable[[], Awaitable[None]]], at_once: int) -> None:
+    """Does all of them, so many at once. Raises what the first that fails does, and ends the others."""
+    failed: list[OriginError | FormatError] = []
+    waiting = iter(works)
+    async with trio.open_nursery() as nursery:
+
+        async def one_by_one() -> None:
+            try:
+                for work in waiting:
+                    await work()
+            except (OriginError, FormatError) as error:
+                failed.append(error)
+                nursery.cancel_scope.cancel()
+
+        for _ in range(at_once):
+            nursery.start_soon(one_by_one)
+    if failed:
+        raise failed[0]
 
 
 def _unpack(

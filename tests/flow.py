@@ -263,6 +263,9 @@ class ScriptedSource:
 
     # ── inside ──
 
+    def bytes_of(self, image: int, start: int, end: int) -> bytes:
+        return content(image, start, end)
+
     async def _answer(self, image: str, extent: Extent, stream: bool, sink: Sink) -> Timing:
         number = UUID(image).int
         request = Request(len(self.requests), number, extent, stream, trio.current_time())
@@ -306,7 +309,7 @@ class ScriptedSource:
             await wire.carry(n)
             if math.isnan(request.first_s):
                 request.first_s = trio.current_time()
-            room[:n] = content(request.image, at, at + n)
+            room[:n] = self.bytes_of(request.image, at, at + n)
             at += n
             request.got += n
             sink.arrived(n)

@@ -144,6 +144,7 @@ def test_shares_rates_and_hours(file: Path) -> None:
         ("scrub", "hours = 25-6", "are no hours"),
         ("scrub", "hours = 6-6", "are no hours"),
         ("scrub", "hours = 6", "are no hours"),
+        ("convert", "user = nobody-at-all", "there is no user"),
     ],
 )
 def test_wrong_shares_rates_and_hours(file: Path, section: str, line: str, fault: str) -> None:
@@ -556,7 +557,7 @@ def test_every_option_of_the_sample_is_known(file: Path) -> None:
         for section, body in re.findall(r"^\[(\w+)\]\n(.*?)(?=^\[|\Z)", config.sample(), re.MULTILINE | re.DOTALL)
         for name in re.findall(r"^#(\w+) =", body, re.MULTILINE)
     }
-    assert {section for section, _ in names} == {"DEFAULT", "mount", "store", "glance", "scrub", "control"}
+    assert {section for section, _ in names} == {"DEFAULT", "mount", "store", "glance", "scrub", "convert", "control"}
     for section, name in sorted(names):
         complaints = [
             any(f"{section}/{name}: FILE" in fault and "option" in fault for fault in faults(file, text))

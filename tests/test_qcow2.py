@@ -242,7 +242,7 @@ def test_a_plan_gives_the_disk_by_few_requests(animal: tuple[Disk, Path]) -> Non
         requests[gap_max] = 0
         for start in range(0, disk.header.size, 8 * MIB):
             length = min(8 * MIB, disk.header.size - start)
-            plan = sequential_plan(start, disk.pieces(start, length), gap_max)
+            plan = sequential_plan(start, disk.pieces(start, length), gap_max, 8 * MIB)
             for zeros in plan.zeros:
                 made[zeros.start : zeros.end] = bytes(zeros.length)
             assert [min(p.disk_offset for p in f.parts) for f in plan.fetches] == sorted(
@@ -254,8 +254,23 @@ def test_a_plan_gives_the_disk_by_few_requests(animal: tuple[Disk, Path]) -> Non
                     assert fetch.extent.start <= part.file_extent.start < part.file_extent.end <= fetch.extent.end
                     made[part.disk_offset : part.disk_offset + part.piece.length] = disk.piece_bytes(part.piece)
         assert made == expected
-    assert requests[256 * KIB] <= -(-disk.header.size // (8 * MIB)) + 2
+    # How much out of order qemu-img writes depends on how busy the machine is.
+    assert requests[256 * KIB] <= -(-disk.header.size // (8 * MIB)) + 8
     assert requests[256 * KIB] <= requests[0]
+
+
+def scattered(count: int, every: int) -> list[Piece]:
+    return [Data(every * number, 512) for number in range(1, count + 1)]
+
+
+def test_no_request_is_larger_than_it_may_be_or_its_only_piece() -> None:
+    plan = sequential_plan(0, [Data(0, 3 * MIB), *scattered(100, 4 * MIB), *scattered(8, 64 * KIB)], MIB, 2 * MIB)
+    assert sum(fetch.extent.length for fetch in plan.fetches) < 3 * MIB + 100 * KIB + 8 * 64 * KIB
+    assert [fetch.extent.length for fetch in plan.fetches if fetch.extent.length > 2 * MIB] == [3 * MIB]
+    many = sequential_plan(0, scattered(8192, 64 * KIB), 256 * KIB, 4 * MIB)
+    assert all(fetch.extent.length <= 4 * MIB and fetch.is_wasteful for fetch in many.fetches)
+    assert sum(len(fetch.parts) for fetch in many.fetches) == 8192
+    assert not sequential_plan(0, [Data(0, 512), Data(1024, 512)], 512, MIB).fetches[0].is_wasteful
 
 
 @needs_qemu

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cachefs.formats.qcow2 import Compressed, Data, Mapping, Need, Piece, Zero
-from cachefs.plan.extents import Extent, coalesce
+from cachefs.plan.extents import Extent
 
 
 class Placed(NamedTuple):
@@ -32,6 +32,11 @@ class Fetch:
     extent: Extent
     parts: tuple[Placed, ...]
 
+    @property
+    def is_wasteful(self) -> bool:
+        """Whether less than half of it is wanted."""
+        return sum(part.file_extent.length for part in self.parts) < self.extent.length // 2
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,20 +46,25 @@ class Plan:
     fetches: tuple[Fetch, ...]
 
 
-def sequential_plan(offset: int, pieces: Iterable[Piece], gap_max: int) -> Plan:
+def sequential_plan(offset: int, pieces: Iterable[Piece], gap_max: int, fetch_max: int) -> Plan:
     """Few large requests for `pieces`, which begin at `offset` of the disk. What is not wanted in between is
-    fetched as well where it is at most `gap_max` bytes long. Best asked for whole clusters: a part of a compressed
-    one costs as much."""
+    fetched as well where it is at most `gap_max` bytes long. None is larger than `fetch_max` or its only piece.
+    Best asked for whole clusters: a part of a compressed one costs as much."""
     zeros: list[Extent] = []
-    placed = sorted(_placed(offset, pieces, zeros), key=_in_file)
-    extents = coalesce((part.file_extent for part in placed), gap_max)
     fetches: list[Fetch] = []
-    at = 0
-    for extent in extents:
-        begin = at
-        while at < len(placed) and placed[at].piece.file_offset < extent.end:
-            at += 1
-        fetches.append(Fetch(extent, tuple(placed[begin:at])))
+    parts: list[Placed] = []
+    extent = Extent(0, 0)
+    for part in sorted(_placed(offset, pieces, zeros), key=_in_file):
+        start, end = part.file_extent
+        if parts and start <= extent.end + gap_max and max(end, extent.end) - extent.start <= fetch_max:
+            extent = Extent(extent.start, max(end, extent.end))
+        else:
+            if parts:
+                fetches.append(Fetch(extent, tuple(parts)))
+            parts, extent = [], Extent(start, end)
+        parts.append(part)
+    if parts:
+        fetches.append(Fetch(extent, tuple(parts)))
     fetches.sort(key=lambda fetch: min(part.disk_offset for part in fetch.parts))
     return Plan(tuple(zeros), tuple(fetches))
 

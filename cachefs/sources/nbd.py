@@ -1,9 +1,9 @@
-"""Reading an export of an NBD server over a connected socket. Rule: nothing that the server says is believed beyond
-the bytes of a disk that it may choose anyway; whatever else it does ends the connection, with a reason.
+"""Reading an export of an NBD server over a connected socket. Rule: nothing that the server says is believed
+beyond the bytes of a disk that it may choose anyway; whatever else it does ends the connection, with a reason.
 
-The server here is qemu-nbd with a tenant's image inside, so it may be anybody. It cannot make the client wait for
-ever (`oldest_s` says how long it owes an answer, and its owner ends it), allocate (it is the client who says how many
-bytes a reply has), or loop.
+The server here is qemu-nbd with a tenant's image inside, so it may be anybody. It cannot make the client wait
+for ever (`oldest_s` says how long it owes an answer, and its owner ends it), allocate (it is the client who says
+how many bytes a reply has), or loop.
 
 Spoken is what all servers know: the fixed newstyle handshake, NBD_OPT_GO, and simple replies. Structured replies
 would name holes, at the price of a second and larger language to check; zeros through a socket cost little.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -120,13 +121,14 @@ class Read:
 
 
 class Client:
-    """An export of `size` bytes. `run` has to run while it is in use, and returns when the connection is broken, why
-    is in `broken`."""
+    """An export of `size` bytes. `run` has to run while it is in use, and returns when the connection is broken,
+    why is in `broken`. `answers` counts the replies."""
 
-    def __init__(self, sock: trio.socket.SocketType, size: int) -> None:
+    def __init__(self, sock: trio.socket.SocketType, size: int, clock: Callable[[], float]) -> None:
         self.size = size
+        self.answers = 0
         self.broken: NbdBroken | None = None
-        self._sock = sock
+        self._sock, self._clock = sock, clock
         self._reads: dict[int, Read] = {}  # By cookie, oldest first.
         self._cookie = 0
         self._places = trio.Semaphore(IN_FLIGHT_MAX, max_value=IN_FLIGHT_MAX)
@@ -134,7 +136,7 @@ class Client:
 
     @property
     def oldest_s(self) -> float | None:
-        """When the oldest read was asked for that has no answer (of trio's clock)."""
+        """When the oldest read was asked for that has no answer; None when nothing is owed."""
         for read in self._reads.values():
             return read.asked_s
         return None
@@ -144,22 +146,26 @@ class Client:
         assert 0 <= extent.start < extent.end <= self.size, extent
         await self._places.acquire()
         self._cookie += 1
-        cookie, read = self._cookie, Read(extent.length, trio.current_time())
+        cookie, read = self._cookie, Read(extent.length, self._clock())
         self._reads[cookie] = read
         request = REQUEST.pack(REQUEST_MAGIC, 0, CMD_READ, cookie, extent.start, extent.length)
         try:
-            if self.broken is not None:
-                raise self.broken.again()
             async with self._sending:
-                await send(self._sock, request)
+                if self.broken is not None:
+                    raise self.broken.again()
+                n = await self._sock.send(request)  # Who is cancelled here has sent nothing.
+        except OSError as error:
+            raise self._break(f"the connection failed: {error.strerror}").again() from error
         except BaseException:
-            # It was never asked for, or half: so few bytes go at once, or the server has stopped reading.
-            self._finish(cookie, self._break("the server takes no requests"))
+            self._finish(cookie, NbdBroken("it was never asked for"))
             raise
+        if n != len(request):
+            raise self._break("the server takes no requests").again()
         return read
 
     async def read_into(self, extent: Extent, sink: Sink) -> None:
-        """Gives all of `extent` to `sink`, in order. Raises NbdRefused or NbdBroken; what was given so far stays."""
+        """Gives all of `extent` to `sink`, in order. Raises NbdRefused or NbdBroken; what was given so far
+        stays."""
         ahead: deque[Read] = deque()
         for piece in pieces(extent, READ_BYTES):
             if len(ahead) == AHEAD:
@@ -182,6 +188,7 @@ class Client:
                     raise NbdBroken("a reply to nothing that was asked")
                 if code == 0:
                     await receive_exactly(self._sock, memoryview(read.data))
+                self.answers += 1
                 self._finish(cookie, NbdRefused(code) if code else None)
         except NbdBroken as error:
             self._break(error.reason)
@@ -215,8 +222,9 @@ async def hand_on(data: bytearray, sink: Sink) -> None:
 # ── the handshake ──
 
 
-async def connect(sock: trio.socket.SocketType) -> Client:
-    """Asks the server behind `sock` for its default export. Raises NbdBroken; waits as long as the server lets it."""
+async def connect(sock: trio.socket.SocketType, clock: Callable[[], float] = trio.current_time) -> Client:
+    """Asks the server behind `sock` for its default export. Raises NbdBroken; waits as long as the server lets
+    it."""
     magic, option_magic, flags = GREETING.unpack(await receive(sock, GREETING.size))
     if magic != NBD_MAGIC or option_magic != OPTION_MAGIC or not flags & FLAG_FIXED_NEWSTYLE:
         raise NbdBroken("no NBD server that can do the fixed newstyle handshake")
@@ -227,7 +235,7 @@ async def connect(sock: trio.socket.SocketType) -> Client:
     for _ in range(OPTION_REPLIES_MAX):
         kind, data = await _option_reply(sock)
         if kind == REP_ACK and size is not None:
-            return Client(sock, size)
+            return Client(sock, size, clock)
         if kind == REP_INFO and data[:2] == struct.pack(">H", INFO_EXPORT):
             size = _export_size(data)
         elif kind != REP_INFO:

@@ -62,6 +62,8 @@ READ_MAX = 4 << 20
 # About 1 KiB each: the maps of 64 GiB of views, in 16 MiB.
 MAPS_MAX = 16384
 DISK_READS_MAX = 64
+# What is kept free on the filesystem for the index, so that a full store can still write down what it evicts.
+INDEX_RESERVE = 4 << 20
 _KEYS_AT_ONCE = 4096
 # Looking up a span's chunks touches some 16 pages of the index.
 _TRIM_EVERY = 256
@@ -119,7 +121,8 @@ class Room:
     def __call__(self, wanted: int) -> bool:
         """Takes `wanted` bytes of what is left; False, and nothing taken, when that is too much."""
         if wanted > min(self._left, self._unasked):
-            self._left = self._usage().left
+            usage = self._usage()
+            self._left = min(usage.left, usage.free - usage.min_free - INDEX_RESERVE)
             self._unasked = max(min(self._ASK_EVERY, self._left // 8), wanted)
         if wanted > self._left:
             return False
@@ -469,7 +472,14 @@ class Store:
         room = Room(self.usage)
 
         def lander(ledger: Ledger) -> Lander:
-            made = Lander(ledger, opened.segments, self.span_size, room, self.verified)
+            made = Lander(
+                ledger,
+                opened.segments,
+                self.span_size,
+                room,
+                self.verified,
+                lambda: self.health.may_look_up,
+            )
             made.continue_segment(opened.append_to)
             opened.append_to = None  # After a failed commit appends begin in a new segment.
             return made
@@ -807,6 +817,10 @@ class Store:
 
     def rot_found(self, chunks: Sequence[f.ChunkId]) -> None:
         self._forget_maps()
+        self.on_rot(chunks)
+
+    def unreadable(self, chunks: Sequence[f.ChunkId]) -> None:
+        # Not all maps are forgotten: the disk may be about to fail, and they could not be loaded again.
         self.on_rot(chunks)
 
     def _forget_maps(self) -> None:

@@ -409,25 +409,36 @@ class Health:
 
 
 def read_probe(files: Mapping[Any, int], rng: random.Random | None = None) -> None:
-    """Reads a page of one of the open files that the kernel has not cached. Raises OSError.
+    """Reads a page of one of the open files that the kernel has not cached. Where it seems to have all, it gives
+    one up for that. Raises OSError.
 
     Not with O_DIRECT: a thread that waits for such a read cannot be killed, and would outlive the daemon."""
     rng = rng or random.Random()
     chosen = [file for file in tuple(files.values()) if os.fstat(file).st_size >= PAGE]
     page = bytearray(PAGE)
-    for _ in range(_PROBED_PAGES if chosen else 0):
+    for tries_left in reversed(range(_PROBED_PAGES if chosen else 0)):
         file = rng.choice(chosen)
-        offset = rng.randrange(os.fstat(file).st_size // PAGE) * PAGE
+        offset = _data_from(file, rng.randrange(os.fstat(file).st_size // PAGE) * PAGE)
         # An open file of its own, through /proc (a removed segment has no name): readers keep their read-ahead.
-        again = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
+        again = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOATIME)
         try:
             os.posix_fadvise(again, 0, 0, os.POSIX_FADV_RANDOM)
-            os.posix_fadvise(again, offset, PAGE, os.POSIX_FADV_DONTNEED)
-            if not _is_cached(again, page, offset):
+            if not tries_left:
+                os.posix_fadvise(again, offset, PAGE, os.POSIX_FADV_DONTNEED)
+            if not tries_left or not _is_cached(again, page, offset):
                 os.preadv(again, [page], offset)
                 return
         finally:
             os.close(again)
+
+
+def _data_from(file: int, offset: int) -> int:
+    """Where the next bytes are that are on the disk: a hole says nothing of it."""
+    try:
+        # Nobody goes by the position of this descriptor.
+        return os.lseek(file, offset, os.SEEK_DATA) // PAGE * PAGE
+    except OSError:  # Nothing behind it; or this filesystem does not say.
+        return offset
 
 
 def _is_cached(file: int, page: bytearray, offset: int) -> bool:

@@ -75,15 +75,18 @@ class Lander:
         span_size: int,
         room: Callable[[int], bool],
         verified: Verified,
+        disk_is_well: Callable[[], bool] = lambda: True,
     ) -> None:
         self._ledger, self._segments, self._span_size = ledger, segments, span_size
-        self._room, self._verified = room, verified
+        self._room, self._verified, self._disk_is_well = room, verified, disk_is_well
         self._segment: SegmentNo | None = None  # The one that is appended to.
         # Counted since the start, for `status`: bytes appended; landed and not appended, as they were there or
         # were zeros.
         self.bytes_landed = self.bytes_shared = self.bytes_zero = 0
         self.rotten_found = 0
-        self.newly_rotten: list[ChunkId] = []  # Since somebody last took them.
+        # Since somebody last took them: rotten, and such as the disk did not give.
+        self.newly_rotten: list[ChunkId] = []
+        self.newly_unreadable: list[ChunkId] = []
 
     def continue_segment(self, segment: SegmentNo | None) -> None:
         """Appends go to `segment` next; to a new one when None."""
@@ -211,16 +214,33 @@ class Lander:
         """The segments in which no chunk lies, and to which nothing will be appended."""
         return [n for n, record in self._ledger.segments.items() if record.live == 0 and n != self._segment]
 
-    def doubt(self, view: ViewNo, span: SpanNo, page: int) -> None:
-        """Looks again at the chunk that holds `page` of a span, and quarantines it if it is rotten."""
+    def doubt(self, view: ViewNo, span: SpanNo, page: int) -> Landed | None:
+        """Looks again at the chunk that holds `page` of a span, and quarantines it if it is rotten, or if the disk
+        does not give it: a sector may be bad. Not so while the whole disk is unwell. Returns the span as it is."""
+        recipe = self._ledger.recipe(view, span)
+        if recipe is None or view not in self._ledger.views:
+            return None
         at = 0
-        for entry in self._ledger.recipe(view, span) or ():
+        for entry in recipe:
             at += entry.pages
             if page < at:
                 chunk = self._ledger.chunk(entry.chunk) if entry.kind is Kind.CHUNK else None
                 if chunk is not None and not chunk.rotten:
-                    self._check(entry.chunk, chunk, self._read(chunk))
-                return
+                    self._doubt_chunk(entry.chunk, chunk)
+                break
+        span_map = SpanMap.of(recipe, self._ledger.chunk, self._verified.__contains__)
+        return Landed(view, span, span_map, self._ledger.views[view].cached)
+
+    def _doubt_chunk(self, chunk_id: ChunkId, chunk: Chunk) -> None:
+        try:
+            stored = self._segments.read(chunk.segment, chunk.offset, chunk.length)
+        except OSError as error:
+            log.error("segment %d, offset %d: %s", chunk.segment, chunk.offset, error)
+            if self._disk_is_well():
+                self.newly_unreadable.append(chunk_id)
+                self._ledger.mark_rotten(chunk_id)
+        else:
+            self._check(chunk_id, chunk, stored)
 
     # ── cutting and sharing ──
 

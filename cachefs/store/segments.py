@@ -62,7 +62,8 @@ class Segments:
 
     def open(self, segment: SegmentNo, *, create: bool = False) -> None:
         """Opens a file that is there, or, with `create`, makes one that is not."""
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        # Without O_NOATIME a read that has all it needs in memory may wait for the journal of a disk that hangs.
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NOATIME
         if create:
             flags |= os.O_CREAT | os.O_EXCL
         self.files[segment] = os.open(self.folder / segment_name(segment), flags, 0o600)

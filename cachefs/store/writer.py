@@ -190,6 +190,9 @@ class Readers(Protocol):
     def rot_found(self, chunks: Sequence[ChunkId]) -> None:
         """These chunks are unusable now: look every span up again."""
 
+    def unreadable(self, chunks: Sequence[ChunkId]) -> None:
+        """The disk did not give these chunks: they are to be fetched again."""
+
     def committed(self, chunks: Iterable[ChunkId]) -> None:
         """These new chunks are durable."""
 
@@ -315,11 +318,11 @@ class Writer:
 
     def refuse_queued(self) -> None:
         """Nothing is kept now: memory that waits for the disk is needed by who waits for bytes."""
-        lands = [command for command in (*self._queue, *self._held) if isinstance(command, Land)]
-        self._queue = deque(command for command in self._queue if not isinstance(command, Land))
+        waiting = [command for command in (*self._queue, *self._held) if isinstance(command, Land | Doubt)]
+        self._queue = deque(command for command in self._queue if not isinstance(command, Land | Doubt))
         self._held.clear()
-        for land in lands:
-            self.refuse(land)
+        for command in waiting:
+            self._tell_given_up(command)
 
     def submit(self, command: Command) -> None:
         """In order, without waiting: whoever lands bytes keeps them within a bound of its own until `done`."""
@@ -438,6 +441,9 @@ class Writer:
         rotten, self._lander.newly_rotten = self._lander.newly_rotten, []
         if rotten:
             self._readers.rot_found(rotten)
+        unreadable, self._lander.newly_unreadable = self._lander.newly_unreadable, []
+        if unreadable:
+            self._readers.unreadable(unreadable)
         for land in outcome.kept:
             land.done(True)
         for land in outcome.refused:
@@ -477,7 +483,8 @@ class Writer:
                     case Put(table, key, other_record):
                         self._ledger.put(table, key, other_record)
                     case Doubt(view, span, page, done):
-                        self._lander.doubt(view, span, page)
+                        if (looked_at := self._lander.doubt(view, span, page)) is not None:
+                            out.publish(looked_at)
                         out.told.append(done.set)
                     case DropView(view):
                         if view in self._ledger.views and not self._ledger.views[view].cached:
@@ -598,7 +605,7 @@ class Writer:
 
     def _punch(self, punches: list[Punch]) -> list[Punch]:
         """Those that were done. The notes of the others stay, for the next start. Segments are punched side by
-        side: a filesystem takes as long for one hole as for a MiB, and holds up only what works on the same file."""
+        side: a filesystem takes as long for one hole as for a MiB, and only what is on the same file waits."""
         by_segment: dict[SegmentNo, list[Punch]] = {}
         for punch in punches:
             by_segment.setdefault(punch.segment, []).append(punch)
