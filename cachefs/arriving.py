@@ -11,10 +11,12 @@ import trio
 
 from cachefs.bounds import Memory
 from cachefs.errors import OriginLied, OriginUnavailable
-from cachefs.flights import Counts, Flight, Slab
+from cachefs.flights import Counts, Flight, Priority, Slab
 from cachefs.plan.extents import BLOCK, PAGE, Extent, ceil
 from cachefs.store.content import Store
 
+# What is fetched in the background gives way to guests so long at a time, and looks so often whether it must.
+GIVE_WAY_S, GIVE_WAY_LOOK_S = 5.0, 0.02
 OFFER_AGAIN_S = 10.0  # Longer than the store's own pause after it was full.
 
 
@@ -37,6 +39,7 @@ class Arriving:
         self.memory = Memory(max(memory_max, store.span_size), store.span_size, self._drop_unkept)
         self._unkept: deque[tuple[Flight, Slab]] = deque()  # Oldest first.
         self._offering = False
+        self.guests_wait: Callable[[], bool] = lambda: False
         self.stopping = False  # What the store refuses from then on is let go at once.
 
     @property
@@ -80,7 +83,8 @@ class Arriving:
             return
 
         def done(kept: bool) -> None:
-            if not kept and not self.memory.is_wanted and not self.stopping:
+            in_vain = self.memory.is_wanted or self.stopping or flight.priority is Priority.HYDRATION
+            if not kept and not in_vain:
                 self._unkept.append((flight, slab))
                 if not self._offering:
                     self._offering = True
@@ -122,6 +126,7 @@ class FlightSink:
         self.fetched_at_first = 0  # What all flights had fetched when this request's first bytes were there.
 
     async def room(self) -> memoryview:
+        await self._give_way()
         if self._slab is None:
             began_s = trio.current_time()
             if self.at >= self._flight.extent.end:
@@ -133,12 +138,30 @@ class FlightSink:
             self._slab = slab
             waited_s = trio.current_time() - began_s
             if self.at == self.start:
-                self.waited_first_s = waited_s
+                self.waited_first_s += waited_s
             else:
                 self.waited_s += waited_s
         return self._slab.data[self._slab.filled : self._slab.length]
 
+    @property
+    def _in_the_way(self) -> bool:
+        """Whether the link is needed for what a guest waits for. (A flight that it waits for was hurried.)"""
+        return self._flight.priority is Priority.HYDRATION and self._arriving.guests_wait()
+
+    async def _give_way(self) -> None:
+        """Takes no byte while a guest waits, so that the origin soon sends none; not so long that it hangs up."""
+        began_s = trio.current_time()
+        while self._in_the_way and trio.current_time() < began_s + GIVE_WAY_S:  # noqa: ASYNC110
+            await trio.sleep(GIVE_WAY_LOOK_S)
+        waited_s = trio.current_time() - began_s
+        if self.at == self.start:
+            self.waited_first_s += waited_s
+        else:
+            self.waited_s += waited_s
+
     def room_now(self) -> memoryview | None:
+        if self._in_the_way:
+            return None
         if self._slab is None and not self._closed and self.at < self._flight.extent.end:
             self._slab = self._arriving.slab_now(self._flight, self.at)
         return None if self._slab is None else self._slab.data[self._slab.filled : self._slab.length]

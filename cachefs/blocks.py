@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
-from cachefs.errors import Absent, OriginUnavailable, ReadDeadline
+from cachefs.errors import Absent, ImageCondemned, OriginUnavailable, ReadDeadline
 from cachefs.fetcher import Fetcher
 from cachefs.flights import Priority
 from cachefs.plan import windows
@@ -73,6 +73,8 @@ class Blocks:
     ) -> Buffer:
         """`length` bytes from `offset`, which lie in the view; good until the next await. Raises OriginError;
         ReadDeadline in time."""
+        if view.condemned is not None:
+            raise ImageCondemned(view.record.image, view.condemned)
         wanted = Extent(offset, offset + length)
         reading = _Reading(view, wanted, trio.current_time(), just=just)
         self.reading.add(reading)
@@ -89,7 +91,7 @@ class Blocks:
 
     def arrived(self, view: StoredView, offset: int, length: int) -> memoryview | None:
         """The bytes, when all of them are in memory on their way to the store; good until the next await."""
-        part = self._arrived(view, Extent(offset, offset + length))
+        part = None if view.condemned is not None else self._arrived(view, Extent(offset, offset + length))
         return part if part is not None and len(part) == length else None
 
     @property
@@ -212,6 +214,19 @@ class Blocks:
         at = pattern.expected
         if self._fetcher.flight_for(view, at) is None:
             await self._start(view, Extent(at, min(at + BLOCK, view.size)), pattern, priority=Priority.READAHEAD)
+
+    async def hydrate(self, view: StoredView, extent: Extent) -> None:
+        """Fetches what nobody brings of `extent`, from its first such block as far as it goes, below all that
+        anybody waits for. Returns when that is over; raises OriginError."""
+        await _load(view, extent)
+        # From here to the start no await: others fetch the same image.
+        free = [part for gap in view.absent(extent) for part in self._fetcher.not_under_way(view, gap)]
+        if not free:
+            return
+        flight = self._fetcher.start(view, free[0], Priority.HYDRATION)
+        await flight.ended.wait()
+        if flight.error is not None:
+            raise flight.error.again()
 
     async def fetch(self, view: StoredView, extent: Extent) -> None:
         """Sees to it that what is absent in `extent` is on its way, though nobody waits for it."""

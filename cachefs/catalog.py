@@ -66,6 +66,8 @@ class Image:
     os_hash_algo: str | None = None
     os_hash_value: str | None = None
     disk: Disk | None = None  # None: nobody has looked yet.
+    verified: bool = False  # All of it was compared with Glance's hash.
+    condemned: str | None = None  # It was, and is not that.
 
     def may_be(self, other: Image) -> bool:
         """Whether `other` can be the same image, whose bytes never change. A hash may come late, not change."""
@@ -80,6 +82,8 @@ class Image:
         return replace(
             self,
             disk=known.disk if self.disk_format == known.disk_format else None,
+            verified=known.verified,
+            condemned=known.condemned,
             checksum=self.checksum or known.checksum,
             os_hash_algo=self.os_hash_algo or known.os_hash_algo,
             os_hash_value=self.os_hash_value or known.os_hash_value,
@@ -98,20 +102,21 @@ def from_glance(answer: dict[str, Any], number: int) -> Image | None:
     id_ = image_id(str(answer.get("id")).encode(errors="replace"))
     if id_ is None or answer.get("status") not in SHOWN or not isinstance(size, int) or not 0 <= size <= SIZE_MAX:
         return None
+    texts: dict[str, Any] = {
+        key: answer[key] if isinstance(answer.get(key), str) else None
+        for key in (
+            "name", "disk_format", "container_format", "owner", "visibility", "checksum", "os_hash_algo",
+            "os_hash_value",
+        )
+    }  # fmt: skip
     return Image(
         id=id_,
         number=number,
         size=size,
         status=str(answer["status"]),
         updated_s=_epoch_s(answer.get("updated_at")),
-        **{
-            key: answer[key] if isinstance(answer.get(key), str) else None
-            for key in (
-                "name", "disk_format", "container_format", "owner", "visibility", "checksum", "os_hash_algo",
-                "os_hash_value",
-            )
-        },
-    )  # fmt: skip
+        **texts,
+    )
 
 
 def _epoch_s(text: object) -> int:
@@ -191,6 +196,12 @@ class Catalog:
         known = self._images.get(image)
         if known is not None:
             self._keep(replace(known, disk=disk))
+
+    def learn_verified(self, image: str, condemned: str | None) -> None:
+        """Remembers that all of an image was compared with its hash; `condemned`: what was wrong, if it was."""
+        known = self._images.get(image)
+        if known is not None:
+            self._keep(replace(known, verified=condemned is None, condemned=condemned))
 
     # ── asking ──
 

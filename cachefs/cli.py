@@ -66,11 +66,14 @@ def parser() -> argparse.ArgumentParser:
     for name, run, about in (
         ("pin", _pin, "keep what is cached of images, whatever room is needed"),
         ("unpin", _unpin, "end the pins of images"),
+        ("prefetch", _prefetch, "fetch all of images in the background"),
         ("evict", _evict, "drop what is cached of images; refused while one is open or pinned"),
     ):
         command = add(name, run, about)
         command.add_argument("ids", nargs="+", metavar="ID")
         _add_json(command)
+        if name == "prefetch":
+            command.add_argument("--wait", action="store_true", help="until all of it is here, with progress")
     scrub = add("scrub", _scrub, "compare everything that is cached with its digests, in the daemon")
     scrub.add_argument("--wait", action="store_true", help="until it is done; the exit status says what was found")
     _add_json(scrub)
@@ -211,7 +214,12 @@ def _evict(arguments: argparse.Namespace) -> int:
 
 def _tell(arguments: argparse.Namespace, command: str, said: Callable[[dict[str, Any]], str]) -> int:
     """Asks for something to be done with images; one line for each, on stderr for those that were refused."""
-    rows = _ask(arguments, command, images=arguments.ids)
+    return _show_told(arguments, _ask(arguments, command, images=arguments.ids), said)
+
+
+def _show_told(
+    arguments: argparse.Namespace, rows: list[dict[str, Any]], said: Callable[[dict[str, Any]], str]
+) -> int:
     if arguments.json:
         _print_json(rows)
     for row in rows:
@@ -220,6 +228,20 @@ def _tell(arguments: argparse.Namespace, command: str, said: Callable[[dict[str,
         elif not arguments.json:
             print(f"{row['id']}: {said(row)}")
     return DONE if all(row["error"] is None for row in rows) else FAILED
+
+
+def _prefetch(arguments: argparse.Namespace) -> int:
+    if not arguments.wait:
+        return _tell(arguments, "prefetch", lambda row: f"{size(row['cached'])} of {size(row['size'])} are here")
+    while True:
+        rows = _ask(arguments, "prefetch", images=arguments.ids)
+        here, all_of_it = (sum(row.get(name, 0) for row in rows) for name in ("cached", "size"))
+        over = all(row["error"] is not None or row["cached"] >= row["size"] for row in rows)
+        if sys.stderr.isatty():
+            print(f"\r{size(here)} of {size(all_of_it)}\033[K", end="\n" if over else "", file=sys.stderr)
+        if over:
+            return _show_told(arguments, rows, lambda row: f"{size(row['size'])} are here")
+        time.sleep(1)
 
 
 def _scrub(arguments: argparse.Namespace) -> int:

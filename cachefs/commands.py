@@ -30,9 +30,19 @@ class SizedImage(Protocol):
     def size(self) -> int: ...
 
 
+class SizedView(Protocol):
+    """What is asked of a view."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def cached(self) -> int: ...
+
+
 class Commands:
-    """`lookup` gives the image, or raises NoEntry or OriginError; `flush` returns when what was put into the store
-    is durable."""
+    """`lookup` gives the image, or raises NoEntry or OriginError; `prefetch` begins to fetch all of it; `flush`
+    returns when what was put into the store is durable."""
 
     def __init__(
         self,
@@ -40,11 +50,21 @@ class Commands:
         evictor: Evictor,
         lookup: Callable[[str], Awaitable[SizedImage]],
         flush: Callable[[], Awaitable[None]],
+        prefetch: Callable[[str], Awaitable[SizedView]],
     ) -> None:
         self._leases, self._evictor, self._lookup, self._flush = leases, evictor, lookup, flush
+        self._prefetch = prefetch
 
     def handlers(self) -> dict[str, Handler]:
-        return {"pin": self.pin, "unpin": self.unpin, "evict": self.evict}
+        return {"pin": self.pin, "unpin": self.unpin, "evict": self.evict, "prefetch": self.prefetch}
+
+    async def prefetch(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """`cached` and `size`: asked again, it tells how far it is."""
+        return await self._each(request, self._begin_prefetch)
+
+    async def _begin_prefetch(self, image: str) -> dict[str, Any]:
+        view = await self._prefetch(image)
+        return {"cached": view.cached, "size": view.size}
 
     async def pin(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         """`pinned`, and `size`. What is answered outlives a crash."""

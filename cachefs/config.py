@@ -78,6 +78,13 @@ class GlanceConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HydrationConfig:
+    mode: str
+    bandwidth: int  # Bytes per second; 0 for no bound.
+    concurrency: int
+
+
+@dataclass(frozen=True, slots=True)
 class ScrubConfig:
     interval: float  # 0: only when it is asked for.
     bandwidth: int  # Bytes per second; 0 for no bound.
@@ -116,6 +123,7 @@ class Config:
     mount: MountConfig
     store: StoreConfig
     glance: GlanceConfig
+    hydration: HydrationConfig
     scrub: ScrubConfig
     convert: ConvertConfig
     control: ControlConfig
@@ -234,6 +242,24 @@ _OPTIONS: dict[str, list[cfg.Opt]] = {
             help="How long an image that Glance does not know stays unknown.",
         ),
     ],
+    "hydration": [
+        cfg.StrOpt(
+            "mode",
+            default="on-open",
+            choices=[
+                ("on-open", "opening or pinning an image fetches all of it"),
+                ("manual", "only cachefs prefetch does"),
+            ],
+            help="When images are fetched to their last byte in the background.",
+        ),
+        cfg.Opt(
+            "bandwidth",
+            RateType(),
+            default="0",
+            help="Bytes per second that is fetched in the background at most; 0 for what guests leave.",
+        ),
+        cfg.IntOpt("concurrency", default=2, min=1, max=16, help="Requests at the same time in the background."),
+    ],
     "scrub": [
         cfg.Opt(
             "interval",
@@ -279,6 +305,7 @@ _SECTION_HELP = {
     "glance": "Where images come from. There are three ways to be let in: auth_type with its own options "
     "(password and v3applicationcredential are shown below; keystoneauth has more), cloud, or "
     "auth_type = none with endpoints.",
+    "hydration": "How images come whole, so that instances do not need Glance again.",
     "scrub": "When and how fast everything that is cached is compared with its digests.",
     "convert": "How the disks of vmdk, vhd, vhdx, vdi and ploop images are read: by qemu-nbd in a sandbox, where "
     "qemu-utils is installed.",
@@ -555,6 +582,7 @@ def _config(conf: cfg.ConfigOpts) -> Config:
             listing_ttl=glance.listing_ttl,
             negative_ttl=glance.negative_ttl,
         ),
+        hydration=HydrationConfig(conf.hydration.mode, conf.hydration.bandwidth, conf.hydration.concurrency),
         scrub=ScrubConfig(scrub.interval, scrub.bandwidth, scrub.hours),
         convert=ConvertConfig(conf.convert.user),
         control=ControlConfig(socket=conf.control.socket),

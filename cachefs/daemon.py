@@ -37,6 +37,7 @@ from cachefs.evictor import Evictor, Watermarks
 from cachefs.fetcher import Fetcher
 from cachefs.fuse import Filesystem, Mount
 from cachefs.guest_disks import GuestDisks
+from cachefs.hydrator import Hydrator
 from cachefs.leases import Leases
 from cachefs.notify import notify
 from cachefs.plan.windows import Pattern
@@ -45,11 +46,12 @@ from cachefs.scrubber import Around, Fate, Scrubber
 from cachefs.sources.converted import Converted
 from cachefs.sources.converter import QemuNbd
 from cachefs.sources.glance import Glance
-from cachefs.status import Status
+from cachefs.status import Parts, Status
 from cachefs.store.content import READ_MAX, Limits, Store, StoredView
 from cachefs.store.format import SpanNo, ViewKind
 from cachefs.store.health import STOP_S, State
 from cachefs.uses import BOOT_S, Uses
+from cachefs.verifier import Verifier
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,8 @@ class _Node:
     evictor: Evictor
     scrubber: Scrubber
     compactor: Compactor
+    hydrator: Hydrator
+    verifier: Verifier
     converted: Converted | None
     mount: Mount
     control: ControlServer
@@ -154,8 +158,29 @@ def _build(config: Config, store: Store) -> _Node:
 
     blocks.on_random_miss = note_boot
 
-    status = Status(mount.mountpoint, store, fetcher, blocks, catalog, filesystem, leases, evictor, scrubber)
-    commands = Commands(leases, evictor, catalog.lookup, store.flush)
+    verifier = Verifier(catalog, store, blocks)
+    hydrator = Hydrator(
+        store,
+        fetcher,
+        blocks,
+        leases,
+        on_open=config.hydration.mode == "on-open",
+        bandwidth=config.hydration.bandwidth,
+        concurrency=config.hydration.concurrency,
+        settled=verifier.settled,
+    )
+    fetcher.give_way(around.guests_wait)
+    filesystem.on_open = hydrator.opened
+
+    async def prefetch(image: str) -> StoredView:
+        known = await catalog.openable(image)
+        view = store.view(known.id, ViewKind.ORIGINAL, known.size)
+        hydrator.ask(view)
+        return view
+
+    parts = Parts(store, fetcher, blocks, catalog, filesystem, leases, evictor, scrubber, hydrator, verifier)
+    status = Status(mount.mountpoint, parts)
+    commands = Commands(leases, evictor, catalog.lookup, store.flush, prefetch)
     handlers = status.handlers() | commands.handlers() | scrubber.handlers()
     control = ControlServer(config.control.socket, handlers)
     return _Node(
@@ -168,6 +193,8 @@ def _build(config: Config, store: Store) -> _Node:
         evictor,
         scrubber,
         compactor,
+        hydrator,
+        verifier,
         converted,
         mount,
         control,
@@ -235,7 +262,14 @@ async def _serve(node: _Node) -> None:
                 await services.start(node.catalog.run)
                 if node.converted is not None:
                     await services.start(node.converted.run)
-                for loop in (node.uses, node.evictor, node.scrubber, node.compactor):
+                for loop in (
+                    node.uses,
+                    node.evictor,
+                    node.scrubber,
+                    node.compactor,
+                    node.hydrator,
+                    node.verifier,
+                ):
                     await services.start(loop.run)
                 try:
                     async with trio.open_nursery() as serving:

@@ -291,5 +291,12 @@ class ImageRefused(OriginError):
         return f"image {self.image} is refused: {self.detail}"
 
 
+class ImageCondemned(OriginError):
+    """The image's bytes are not those that Glance promises: `detail` says what differs. None of it is served."""
+
+    def __str__(self) -> str:
+        return f"image {self.image} is condemned: {self.detail}"
+
+
 class ReadDeadline(OriginError):
     """A reader waited for `read_deadline` and its bytes did not come."""

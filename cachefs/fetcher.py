@@ -118,6 +118,10 @@ class Fetcher:
             taken.extend(Extent(slab.start, slab.start + slab.filled) for slab in flight.slabs)
         return subtract(extent, taken)
 
+    def give_way(self, guests_wait: Callable[[], bool]) -> None:
+        """From now on what is fetched in the background stops taking bytes while `guests_wait`."""
+        self._arriving.guests_wait = guests_wait
+
     # ── starting ──
 
     def spawn(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
@@ -177,6 +181,7 @@ class Fetcher:
             flight.over = True
             self._arriving.drop_unfilled(flight)
             flight.wake()
+            flight.ended.set()
             self._forget(flight)
 
     async def _try(self, flight: Flight) -> None:

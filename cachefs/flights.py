@@ -16,10 +16,11 @@ from cachefs.store.content import StoredView
 
 
 class Priority(IntEnum):
-    """Who is served first: the least. Hydration will stand below READAHEAD."""
+    """Who is served first: the least."""
 
     DEMAND = 0
     READAHEAD = 1
+    HYDRATION = 2
 
 
 @dataclass(eq=False)
@@ -52,6 +53,7 @@ class Flight:
     error: OriginError | None = None
     started: bool = False
     over: bool = False
+    ended: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
         self.at = self.extent.start

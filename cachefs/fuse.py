@@ -27,7 +27,15 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 from cachefs.blocks import Blocks
 from cachefs.catalog import SIZE_MAX, Catalog, Image
 from cachefs.config import MountConfig
-from cachefs.errors import CachefsError, ImageRefused, MountError, NoEntry, NotPermitted, OriginError
+from cachefs.errors import (
+    CachefsError,
+    ImageCondemned,
+    ImageRefused,
+    MountError,
+    NoEntry,
+    NotPermitted,
+    OriginError,
+)
 from cachefs.guest_disks import PLAIN, GuestDisks
 from cachefs.leases import Leases
 from cachefs.namespace import (
@@ -84,12 +92,14 @@ class Filesystem(pyfuse3.Operations):
         self._config, self._catalog, self._store, self._blocks = config, catalog, store, blocks
         self._leases, self._disks, self._negative_ttl_s = leases, disks, negative_ttl_s
         self._open: dict[int, _Opened] = {}
+        self._by_inode: dict[int, list[_Opened]] = {}
         # Sizes that were looked up and not opened: what their inodes stand for.
         self._sizes: dict[tuple[str, int], ViewNo] = {}
         self._overlays: dict[ViewNo, tuple[str, int]] = {}
         self._folders: dict[int, list[_Entry]] = {}
         self._handles = itertools.count(1)
         self.open_count: Counter[str] = Counter()
+        self.on_open: Callable[[StoredView], None] = lambda stored: None
         self.handshake = trio.Event()  # The kernel has said hello, and is answered by the next checkpoint.
         self.hits = 0
 
@@ -123,6 +133,8 @@ class Filesystem(pyfuse3.Operations):
         node = node_of(inode)
         image_id, size = self._overlay(node) if isinstance(node, Overlay) else (self._image(inode).id, 0)
         image = await self._catalog.openable(image_id)
+        if image.condemned is not None:
+            raise ImageCondemned(image.id, image.condemned)
         if isinstance(node, Node) and node.slot is Slot.ORIGINAL:
             stored = self._store.view(image.id, ViewKind.ORIGINAL, image.size)
         else:
@@ -136,19 +148,29 @@ class Filesystem(pyfuse3.Operations):
             view = ResizedView(view, size)
             leased.append(self._store.view(image.id, ViewKind.RESIZED, size, ViewNo(node.view)).number)
         handle = next(self._handles)
-        self._open[handle] = _Opened(view, image.id, leased)
+        opened = self._open[handle] = _Opened(inode, view, stored, image, leased)
+        self._by_inode.setdefault(inode, []).append(opened)
         for number in leased:
             self._leases.opened(number)
         self.open_count[image.id] += 1
+        self.on_open(stored)
         return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
 
     async def release(self, fh: int) -> None:
         opened = self._open.pop(fh)
         for number in opened.leased:
             self._leases.released(number)
-        self.open_count[opened.image] -= 1
-        if not self.open_count[opened.image]:
-            del self.open_count[opened.image]
+        self._by_inode[opened.inode].remove(opened)
+        if not self._by_inode[opened.inode]:
+            del self._by_inode[opened.inode]
+        self.open_count[opened.image.id] -= 1
+        if not self.open_count[opened.image.id]:
+            del self.open_count[opened.image.id]
+
+    def end_sizes(self, image: str) -> None:
+        """The image is gone: sizes that were looked up are none of another image's that gets its id."""
+        for key in [key for key in self._sizes if key[0] == image]:
+            self._overlays.pop(self._sizes.pop(key), None)
 
     # ── names and attributes ──
 
@@ -196,7 +218,7 @@ class Filesystem(pyfuse3.Operations):
         if number is None:
             if len(self._sizes) >= SIZES_MAX:
                 oldest = next(iter(self._sizes))
-                del self._overlays[self._sizes.pop(oldest)]
+                self._overlays.pop(self._sizes.pop(oldest), None)
             number = self._sizes[image, size] = self._store.new_view_number()
             self._overlays[number] = (image, size)
         return number
@@ -218,12 +240,20 @@ class Filesystem(pyfuse3.Operations):
         node = node_of(inode)
         if node is None:
             raise FUSEError(errno.ENOENT)
-        return self._attributes(node)
+        try:
+            return self._attributes(node)
+        except NoEntry:
+            # The kernel asks before it reads: who has the file of an image that is gone open is to read on.
+            if inode not in self._by_inode:
+                raise
+            opened = self._by_inode[inode][0]
+            entry = self._new_entry()
+            self._describe_file(entry, opened.image, opened.view.size, opened.stored)
+            entry.st_ino = pyfuse3.InodeT(inode)
+            return entry
 
     def _attributes(self, node: Folder | Node | Overlay) -> EntryAttributes:
-        entry = EntryAttributes()
-        entry.st_uid, entry.st_gid = self._config.uid, self._config.gid
-        entry.entry_timeout, entry.attr_timeout = ENTRY_TIMEOUT_S, ATTR_TIMEOUT_S
+        entry = self._new_entry()
         if isinstance(node, Folder):
             entry.st_ino = pyfuse3.InodeT(int(node))
             entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o555)
@@ -244,15 +274,22 @@ class Filesystem(pyfuse3.Operations):
         elif node.slot is Slot.RAW:
             # Without a size what is refused, and what nobody has looked at: a listing does not fetch. Whoever has
             # it open since before it was refused is to get errors, not its end.
-            stored = self._stored(image, Slot.RAW)
             known = image.disk.size if image.disk is not None else None
-            held = stored.size if stored is not None and self._leases.is_leased(stored) else 0
-            self._describe_file(entry, image, held if known is None else known, stored)
+            if known is None:
+                opened = self._by_inode.get(inode_of(node.slot, node.image_number), ())
+                known = max((one.view.size for one in opened), default=0)
+            self._describe_file(entry, image, known, self._stored(image, Slot.RAW))
             if image.disk is None:
                 entry.entry_timeout = entry.attr_timeout = 0
         else:
             self._describe_file(entry, image, image.size, self._stored(image))
         entry.st_ino = pyfuse3.InodeT(inode_of(node.slot, node.image_number))
+        return entry
+
+    def _new_entry(self) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_uid, entry.st_gid = self._config.uid, self._config.gid
+        entry.entry_timeout, entry.attr_timeout = ENTRY_TIMEOUT_S, ATTR_TIMEOUT_S
         return entry
 
     def _describe(self, entry: EntryAttributes, image: Image, mode: int, size: int) -> None:
@@ -398,17 +435,24 @@ class Filesystem(pyfuse3.Operations):
 
 
 def state_of(stored: StoredView | None, image: Image) -> str:
-    """`absent`, `partial` or `complete`."""
+    """`absent`, `partial`, `complete`, `verified` or `condemned`."""
+    if image.condemned is not None:
+        return "condemned"
+    if image.verified and stored is not None and stored.complete and stored.record.kind is ViewKind.ORIGINAL:
+        return "verified"
     if image.size == 0 or (stored is not None and stored.complete):
         return "complete"
     return "partial" if stored is not None and stored.cached else "absent"
 
 
 class _Opened(NamedTuple):
-    """One handle: what it reads, of which image, and the views that it leases."""
+    """One handle: what it reads, the view that the store has of it, of which image as it was then, and the views
+    that it leases."""
 
+    inode: int
     view: View
-    image: str
+    stored: StoredView
+    image: Image
     leased: list[ViewNo]
 
 
@@ -481,6 +525,7 @@ class Mount:
 
     def forget(self, image: Image) -> None:
         """Has the kernel look the image's name up again."""
+        self._filesystem.end_sizes(image.id)
         if self._mounted:
             name = pyfuse3.FileNameT(image.id.encode())
             for folder in (Folder.IMAGES, Folder.RAW, Folder.RESIZED):

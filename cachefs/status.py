@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import UUID
 
@@ -21,30 +21,39 @@ from cachefs.errors import NoEntry
 from cachefs.evictor import Evictor
 from cachefs.fetcher import Fetcher
 from cachefs.fuse import Filesystem, state_of
+from cachefs.hydrator import Hydrator
 from cachefs.leases import Leases
 from cachefs.scrubber import Scrubber
 from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
+from cachefs.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is asked."""
+
+    store: Store
+    fetcher: Fetcher
+    blocks: Blocks
+    catalog: Catalog
+    filesystem: Filesystem
+    leases: Leases
+    evictor: Evictor
+    scrubber: Scrubber
+    hydrator: Hydrator
+    verifier: Verifier
 
 
 class Status:
     """Answers the reading commands."""
 
-    def __init__(
-        self,
-        mountpoint: str,
-        store: Store,
-        fetcher: Fetcher,
-        blocks: Blocks,
-        catalog: Catalog,
-        filesystem: Filesystem,
-        leases: Leases,
-        evictor: Evictor,
-        scrubber: Scrubber,
-    ) -> None:
-        self._leases, self._evictor, self._scrubber = leases, evictor, scrubber
-        self._mountpoint, self._store, self._fetcher = mountpoint, store, fetcher
-        self._blocks, self._catalog, self._filesystem = blocks, catalog, filesystem
+    def __init__(self, mountpoint: str, parts: Parts) -> None:
+        self._mountpoint = mountpoint
+        self._store, self._fetcher, self._blocks = parts.store, parts.fetcher, parts.blocks
+        self._catalog, self._filesystem, self._leases = parts.catalog, parts.filesystem, parts.leases
+        self._evictor, self._scrubber = parts.evictor, parts.scrubber
+        self._hydrator, self._verifier = parts.hydrator, parts.verifier
         self._began_s = time.monotonic()
 
     def handlers(self) -> dict[str, Handler]:
@@ -61,6 +70,8 @@ class Status:
             "store": store,
             "evictor": self._evictor.status(),
             "scrub": self._scrubber.status(),
+            "hydration": self._hydrator.status(),
+            "verification": self._verifier.status(),
             "images": {
                 "known": len(self._catalog),
                 "open": len(self._filesystem.open_count),

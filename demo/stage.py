@@ -65,6 +65,10 @@ auth_type = none
 endpoints = {endpoint}
 retries = 1
 
+# What is fetched is shown beside what is asked for: nothing in the background.
+[hydration]
+mode = manual
+
 [control]
 socket = {folder}/control.sock
 """

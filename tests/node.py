@@ -109,6 +109,8 @@ class Node:
             "mount": {"mountpoint": self.mountpoint, "read_deadline": 30} | {**(mount or {})},
             "store": {"path": self.store, "min_free": 0, "commit_interval": 0.1} | {**(store or {})},
             "glance": access | {**(glance or {})},
+            # What is fetched is what is asked for, unless the test is about the rest.
+            "hydration": {"mode": "manual"},
             "control": {"socket": self.socket},
         }
         self._wrapper = list(wrapper)

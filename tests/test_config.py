@@ -257,7 +257,7 @@ def test_a_bad_value_is_named_with_its_place(file: Path, section: str, line: str
         ("[mount]\nzzz = 1\n", "mount/zzz: FILE:5: unknown option"),
         ("[mount]\nmax_size = 5G\n", "mount/max_size: FILE:5: unknown option: it belongs into [store]"),
         ("[stroe]\npath = /x\n", "[stroe]: FILE:4: unknown section: did you mean store?"),
-        ("[hydration]\n", "[hydration]: FILE:4: unknown section"),
+        ("[precaching]\n", "[precaching]: FILE:4: unknown section"),
         ("[DEFAULT]\ndebgu = true\n", "DEFAULT/debgu: FILE:5: unknown option: did you mean debug?"),
         ("[DEFAULT]\nconfig_source = remote\n", "DEFAULT/config_source: FILE:5: unknown option"),
         ("[glance]\nauth-url = x\n", "glance/auth-url: FILE:5: unknown option"),
@@ -557,7 +557,16 @@ def test_every_option_of_the_sample_is_known(file: Path) -> None:
         for section, body in re.findall(r"^\[(\w+)\]\n(.*?)(?=^\[|\Z)", config.sample(), re.MULTILINE | re.DOTALL)
         for name in re.findall(r"^#(\w+) =", body, re.MULTILINE)
     }
-    assert {section for section, _ in names} == {"DEFAULT", "mount", "store", "glance", "scrub", "convert", "control"}
+    assert {section for section, _ in names} == {
+        "DEFAULT",
+        "mount",
+        "store",
+        "glance",
+        "hydration",
+        "scrub",
+        "convert",
+        "control",
+    }
     for section, name in sorted(names):
         complaints = [
             any(f"{section}/{name}: FILE" in fault and "option" in fault for fault in faults(file, text))

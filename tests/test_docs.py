@@ -35,13 +35,15 @@ IMPORTERS: Final = {
     "zstandard": {"cachefs.formats.decompress"},
     "oslo_config": {"cachefs.config", "cachefs.option_types", "cachefs.sources.auth"},
 }
-PURE: Final = {"cachefs.errors", "cachefs.namespace", "cachefs.store.format", "cachefs.store.recipe"} | {
-    f"cachefs.plan.{path.stem}" for path in (PACKAGE / "plan").glob("[!_]*.py")
-} | {
-    f"cachefs.formats.{path.stem}"
-    for path in (PACKAGE / "formats").glob("[!_]*.py")
-    if path.stem not in ("first_line", "inspection", "decompress")  # They call oslo.utils, and zstandard.
-}
+PURE: Final = (
+    {"cachefs.errors", "cachefs.namespace", "cachefs.store.format", "cachefs.store.recipe"}
+    | {f"cachefs.plan.{path.stem}" for path in (PACKAGE / "plan").glob("[!_]*.py")}
+    | {
+        f"cachefs.formats.{path.stem}"
+        for path in (PACKAGE / "formats").glob("[!_]*.py")
+        if path.stem not in ("first_line", "inspection", "decompress")  # They call oslo.utils, and zstandard.
+    }
+)
 # Of the standard library, what would make a pure module depend on more than its arguments.
 IMPURE: Final = {
     "asyncio",

@@ -16,7 +16,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachefs.commands import EVICT_WAIT_S, IMAGES_MAX, Commands
+from cachefs.commands import EVICT_WAIT_S, IMAGES_MAX, Commands, SizedView
 from cachefs.errors import ControlError, Leased, NoEntry, StoreError
 from cachefs.evictor import PAUSE_S, ROUND_S, SLICE_SPANS, STUCK_S, Asked, Cause, Evictor, Watermarks
 from cachefs.leases import Leases
@@ -498,7 +498,10 @@ def commands_of(node: Node, sizes: dict[str, int], flushes: list[int] | None = N
     async def flush() -> None:
         (flushes if flushes is not None else []).append(1)
 
-    return Commands(node.leases, node.evictor, lookup, flush)
+    async def prefetch(image: str) -> SizedView:
+        raise NoEntry(image)
+
+    return Commands(node.leases, node.evictor, lookup, flush, prefetch)
 
 
 @virtual_time

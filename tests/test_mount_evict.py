@@ -94,9 +94,10 @@ def test_three_images_pass_through_a_store_for_one_and_a_half(origin: ScriptedOr
         for image in SEEDS:
             fill(node, image)
             assert node.status()["store"]["bytes_on_disk"] <= most
-        now = node.status()
+        now = node.wait_for_status(  # The last of it lands after it was read.
+            lambda now: sum(cause["bytes"] for cause in now["evictor"]["evicted"].values()) >= 3 * SIZE - most
+        )
         assert now["evictor"]["stuck"] is None
-        assert sum(cause["bytes"] for cause in now["evictor"]["evicted"].values()) >= 3 * SIZE - most
         assert cached(node, C) == SIZE, "the last one is here"
         before = origin.bytes_sent
         fill(node, C)

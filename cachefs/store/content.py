@@ -134,10 +134,13 @@ class Room:
 class StoredView:
     """One view as far as it is stored. Made by `Store.view`; `size` in bytes."""
 
-    __slots__ = ("_buffer", "_files", "_loading", "_maps", "_mask", "_shift", "_store", "number", "record")
+    __slots__ = (
+        "_buffer", "_files", "_loading", "_maps", "_mask", "_shift", "_store", "condemned", "number", "record",
+    )  # fmt: skip
 
     def __init__(self, store: Store, number: ViewNo, record: ViewRecord) -> None:
         self.number, self.record = number, record
+        self.condemned: str | None = None  # Why nothing of it may be read any more.
         self._store = store
         self._shift, self._mask = store.span_size.bit_length() - 1, store.span_size - 1
         self._files: dict[Any, int] = store.segments.files
@@ -157,6 +160,11 @@ class StoredView:
     @property
     def complete(self) -> bool:
         return self.record.cached >= self.record.size
+
+    def condemn(self, why: str) -> None:
+        """Nothing of it is read from now on, by nobody."""
+        self.condemned = why
+        self.forget_maps()
 
     @property
     def is_well(self) -> bool:
