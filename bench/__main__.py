@@ -23,6 +23,7 @@ from bench import (
     many_images,
     memory,
     random_cold,
+    raw,
     scrub,
     sequential_cold,
     warm,
@@ -43,6 +44,9 @@ BENCHMARKS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "evict": evict.run,
     "scrub": scrub.run,
     "first-read": first_read.run,
+    "raw-first": raw.first,
+    "raw-sequential": raw.sequential,
+    "raw-warm": raw.warm,
 }
 
 

@@ -43,8 +43,8 @@ def run(lab: Lab) -> Iterator[Row]:
             their_cpu_s: list[float] = []
             ours, theirs = interleaved(
                 repetitions,
-                partial(_iops, node.path(image), pattern, length, depth, seconds, node.pid, our_cpu_s),
-                partial(_iops, least, pattern, length, depth, seconds, least_pid, their_cpu_s),
+                partial(iops, node.path(image), pattern, length, depth, seconds, node.pid, our_cpu_s),
+                partial(iops, least, pattern, length, depth, seconds, least_pid, their_cpu_s),
             )
             unit, scale = ("MiB/s", length / MIB) if length >= MIB else ("kIOPS", 1e-3)
             yield Row("warm", what, median(ours) * scale, unit)
@@ -57,10 +57,21 @@ def run(lab: Lab) -> Iterator[Row]:
             yield Row("warm", cpu, ratio(their_cpu_s, our_cpu_s))
 
 
-def _iops(path: Path, pattern: str, length: int, depth: int, seconds: int, pid: int, cpus: list[float]) -> float:
-    """Requests per second; adds to `cpus` what one of them cost the process `pid`, seconds."""
+def iops(
+    path: Path,
+    pattern: str,
+    length: int,
+    depth: int,
+    seconds: int,
+    pid: int,
+    cpus: list[float],
+    size: int | None = None,
+) -> float:
+    """Requests per second, within the first `size` bytes; adds to `cpus` what one of them cost the process `pid`,
+    seconds."""
     command = ["fio", "--name=warm", f"--filename={path}", "--readonly", f"--rw={pattern}", f"--bs={length}"]
     command += ["--direct=1", "--ioengine=libaio", f"--iodepth={depth}", "--norandommap", "--randrepeat=0"]
+    command += [f"--size={size}"] if size is not None else []
     command += ["--time_based", f"--runtime={seconds}", "--output-format=json"]
     before_s = cpu_s(pid)
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -21,7 +21,7 @@ from cachefs.blocks import Blocks
 from cachefs.errors import OriginError
 from cachefs.fetcher import Fetcher
 from cachefs.leases import Leases
-from cachefs.plan.extents import BLOCK, Extent
+from cachefs.plan.extents import BLOCK, Extent, subtract
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import OriginMode, ViewKind, ViewNo
 
@@ -48,6 +48,7 @@ class _Job:
     failures: int = 0
     not_before_s: float = 0.0
     at: int = 0
+    claimed: list[Extent] = field(default_factory=list)  # What one of us is about to fetch.
     at_risk: str | None = None
 
 
@@ -198,22 +199,33 @@ class Hydrator:
             else:  # All that is missing is on its way for somebody else.
                 job.not_before_s = trio.current_time() + 1.0
             return
-        await self._courtesy()
-        before = view.cached
-        await self._blocks.hydrate(view, extent)
+        job.claimed.append(extent)
+        try:
+            await self._courtesy(extent.length)
+            before = view.cached
+            await self._blocks.hydrate(view, extent)
+        finally:
+            job.claimed.remove(extent)
         await self._store.flush()
-        gained = view.cached - before
-        self.bytes_fetched += max(gained, 0)
-        if gained <= 0 and view.absent(extent) and self._fetcher.flight_for(view, extent.start) is None:
-            self._failed(job, self._store.writer.trouble or "what was fetched is not here")
+        self.bytes_fetched += max(view.cached - before, 0)
+        if self._store.writer.trouble is not None and view.absent(extent):
+            self._failed(job, self._store.writer.trouble)
             return
         job.failures, job.at = 0, extent.start
-        self._pay(extent.length)
+        if job.at_risk is not None and self._store.writer.trouble is None:
+            log.info("[image %s] can be fetched again", view.record.image)
+            job.at_risk = None
 
     @property
     def _request_bytes(self) -> int:
+        if self._store.writer.trouble is not None:
+            return REQUEST_BYTES_MIN  # To see whether it takes bytes again.
         by_rate = int(self._fetcher.link.rate * REQUEST_S) // BLOCK * BLOCK
-        return min(max(by_rate, REQUEST_BYTES_MIN), REQUEST_BYTES_MAX)
+        wanted = min(max(by_rate, REQUEST_BYTES_MIN), REQUEST_BYTES_MAX)
+        return min(wanted, max(self._bandwidth // BLOCK * BLOCK, BLOCK)) if self._bandwidth else wanted
+
+    def _under_way(self, view: StoredView, gap: Extent) -> list[Extent]:
+        return subtract(gap, self._fetcher.not_under_way(view, gap))
 
     async def _missing(self, job: _Job) -> Extent | None:
         """The first stretch from `job.at` that is absent and that nobody brings, of at most one request; the whole
@@ -227,7 +239,7 @@ class Hydrator:
             span = view.span_of(at)
             await self._blocks.load(view, span)
             for gap in view.absent(span):
-                for free in self._fetcher.not_under_way(view, gap):
+                for free in subtract(gap, job.claimed + self._under_way(view, gap)):
                     if found is not None and free.start != found.end:
                         return found
                     found = free if found is None else Extent(found.start, free.end)
@@ -238,12 +250,11 @@ class Hydrator:
             at = span.end
         return found
 
-    async def _courtesy(self) -> None:
-        """Returns when the bandwidth allows another request, and no guest waits."""
-        await trio.sleep_until(self._paid_until_s)
+    async def _courtesy(self, length: int) -> None:
+        """Returns when the bandwidth allows another request of `length` bytes, and no guest waits."""
+        begins_s = max(self._paid_until_s, trio.current_time())
+        if self._bandwidth:
+            self._paid_until_s = begins_s + length / self._bandwidth
+        await trio.sleep_until(begins_s)
         while self._blocks.waiting:  # noqa: ASYNC110  # Nobody could set an event: many things end a wait.
             await trio.sleep(COURTESY_S)
-
-    def _pay(self, length: int) -> None:
-        if self._bandwidth:
-            self._paid_until_s = max(self._paid_until_s, trio.current_time()) + length / self._bandwidth

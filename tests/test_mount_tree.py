@@ -66,7 +66,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, origin: ScriptedOrigin) -> It
 
 
 def test_the_layout(node: Node) -> None:
-    assert sorted(os.listdir(node.mountpoint)) == ["by-name", "images"]
+    assert sorted(os.listdir(node.mountpoint)) == ["by-name", "images", "raw", "resized"]
     assert sorted(os.listdir(node.mountpoint / "images")) == [DEBIAN, DEACTIVATED]
     assert sorted(os.listdir(node.mountpoint / "by-name")) == ["deactivated", "debian 13"]
 
