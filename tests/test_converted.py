@@ -37,7 +37,7 @@ from cachefs.sources.converted import (
 )
 from cachefs.sources.converter import AGE_MAX_S, ConverterUnusable, QemuNbd, Tool
 from cachefs.sources.nbd_input import WINDOW, Input, from_files
-from tests.converters import ScriptedTool, Wire, children, pattern
+from tests.converters import ScriptedTool, Wire, children, helpers, pattern
 from tests.flow import MIB, quiet, until, virtual_time
 from tests.test_nbd import Bytes, Collected
 from tests.test_sandbox import LACKING as NO_SANDBOX
@@ -74,7 +74,7 @@ needs_qemu = pytest.mark.skipif(
 def _nothing_stays_behind() -> Iterator[None]:
     before = len(os.listdir("/proc/self/fd"))
     yield
-    assert children(os.getpid()) == []
+    assert helpers() == []
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
@@ -216,7 +216,7 @@ def test_a_converter_that_is_killed_is_started_anew_once(disk: Path, tmp_path: P
     content = disk.read_bytes()
 
     def kill() -> None:
-        (helper,) = children(os.getpid())
+        (helper,) = helpers()
         (converter,) = children(helper)
         os.kill(converter, signal.SIGKILL)
 

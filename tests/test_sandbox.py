@@ -18,7 +18,7 @@ import trio
 
 from cachefs import confine
 from cachefs.sandbox import LIMITS, SAID_MAX, Account, Ending, Limits, harmless, sandboxed
-from tests.converters import children
+from tests.converters import children, helpers
 
 PYTHON: Final = "/usr/bin/python3"  # Not this test's own: nobody else can read that everywhere.
 SHELL: Final = "/bin/sh"
@@ -58,7 +58,7 @@ pytestmark = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind() -> Iterator[None]:
     yield
-    assert children(os.getpid()) == []
+    assert helpers() == []
 
 
 # ── what it cannot reach ──
@@ -172,7 +172,7 @@ def test_it_is_nobody_on_the_whole_machine() -> None:
 
 
 def _look_at_nobody() -> None:
-    (helper,) = children(os.getpid())
+    (helper,) = helpers()
     (child,) = children(helper)
     proc = Path(f"/proc/{child}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
