@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -14,9 +15,11 @@ from cachefs.errors import OriginLied, OriginUnavailable
 from cachefs.flights import Counts, Flight, Priority, Slab
 from cachefs.plan.extents import BLOCK, PAGE, Extent, ceil
 from cachefs.store.content import Store
+from cachefs.store.format import ViewKind
 
 # What is fetched in the background gives way to guests so long at a time, and looks so often whether it must.
 GIVE_WAY_S, GIVE_WAY_LOOK_S = 5.0, 0.02
+TRANSLATED_SLAB_MAX = 4 << 20
 OFFER_AGAIN_S = 10.0  # Longer than the store's own pause after it was full.
 
 
@@ -62,7 +65,9 @@ class Arriving:
 
     def _length(self, flight: Flight, start: int) -> int:
         span = self._store.span_size
-        return min(start - start % span + span, flight.extent.end) - start
+        length = min(start - start % span + span, flight.extent.end) - start
+        # A translation keeps its slab while its tables are fetched, which need memory too.
+        return length if flight.view.record.kind is ViewKind.ORIGINAL else min(length, TRANSLATED_SLAB_MAX)
 
     def drop(self, flight: Flight, slab: Slab) -> None:
         flight.slabs.remove(slab)
@@ -90,12 +95,21 @@ class Arriving:
                     self._offering = True
                     self._spawn(self._offer_again)
                 return
+            if not kept and flight.waiting and not self.stopping:
+                # Whoever was woken by these bytes copies them first.
+                self._spawn(partial(self._drop_soon, flight, slab))
+                return
             self.drop(flight, slab)
             if kept and self._unkept:  # The store takes bytes again.
                 self.keep(*self._unkept.popleft())
 
         data = slab.data[: ceil(slab.filled, PAGE)].toreadonly()
         self._store.keep(flight.view, slab.start, data, done)
+
+    async def _drop_soon(self, flight: Flight, slab: Slab) -> None:
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+        self.drop(flight, slab)
 
     async def _offer_again(self) -> None:
         """Asks the store now and then whether it takes what it refused; if it does, the rest follows."""

@@ -104,6 +104,8 @@ class Blocks:
         out: bytearray | None = None
         at = wanted.start
         while at < wanted.end:
+            if view.condemned is not None:
+                raise ImageCondemned(view.record.image, view.condemned)
             part: Buffer | None = self._arrived(view, Extent(at, wanted.end))
             if part is None:
                 part = await self._stored(reading, at)

@@ -203,6 +203,12 @@ class Catalog:
         if known is not None:
             self._keep(replace(known, verified=condemned is None, condemned=condemned))
 
+    def learn_loss(self, image: str) -> None:
+        """Something of the image is not here any more: what comes in its place was not compared."""
+        known = self._images.get(image)
+        if known is not None and known.verified:
+            self._keep(replace(known, verified=False))
+
     # ── asking ──
 
     async def lookup(self, image: str) -> Image:

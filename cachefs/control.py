@@ -104,7 +104,7 @@ class ControlServer:
         try:
             request = json.loads(line)
             handler = self._handlers[request["command"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return {"ok": False, "error": "this daemon does not know that request"}
         try:
             return {"ok": True, "result": await handler(request)}

@@ -32,7 +32,7 @@ from cachefs.commands import Commands
 from cachefs.compactor import Compactor
 from cachefs.config import Config
 from cachefs.control import ControlServer
-from cachefs.errors import CachefsError, NoEntry
+from cachefs.errors import CachefsError, ImageCondemned, NoEntry
 from cachefs.evictor import Evictor, Watermarks
 from cachefs.fetcher import Fetcher
 from cachefs.fuse import Filesystem, Mount
@@ -140,6 +140,12 @@ def _build(config: Config, store: Store) -> _Node:
     watermarks = Watermarks(config.store.high_watermark, config.store.low_watermark)
     evictor = Evictor(store, uses, leases, watermarks, lambda: catalog.is_well)
     store.on_full = evictor.on_full
+
+    def lost(view: StoredView) -> None:
+        if view.record.kind is ViewKind.ORIGINAL:
+            catalog.learn_loss(view.record.image)
+
+    store.on_loss = lost
     around = Around(
         guests_wait=lambda: bool(blocks.waiting),
         disk_unwell=lambda: store.health.state is not State.HEALTHY,
@@ -172,15 +178,21 @@ def _build(config: Config, store: Store) -> _Node:
     fetcher.give_way(around.guests_wait)
     filesystem.on_open = hydrator.opened
 
+    async def pinnable(image: str) -> StoredView:
+        known = await catalog.lookup(image)
+        return store.view(known.id, ViewKind.ORIGINAL, known.size)  # Which hydration goes by.
+
     async def prefetch(image: str) -> StoredView:
         known = await catalog.openable(image)
+        if known.condemned is not None:
+            raise ImageCondemned(known.id, known.condemned)
         view = store.view(known.id, ViewKind.ORIGINAL, known.size)
         hydrator.ask(view)
         return view
 
     parts = Parts(store, fetcher, blocks, catalog, filesystem, leases, evictor, scrubber, hydrator, verifier)
     status = Status(mount.mountpoint, parts)
-    commands = Commands(leases, evictor, catalog.lookup, store.flush, prefetch)
+    commands = Commands(leases, evictor, pinnable, store.flush, prefetch)
     handlers = status.handlers() | commands.handlers() | scrubber.handlers()
     control = ControlServer(config.control.socket, handlers)
     return _Node(
@@ -210,6 +222,8 @@ def _converted(config: Config, catalog: Catalog, store: Store, blocks: Blocks, l
     @asynccontextmanager
     async def open_input(image: str) -> AsyncIterator[ImageInput]:
         known = await catalog.openable(image)
+        if known.condemned is not None:
+            raise ImageCondemned(known.id, known.condemned)
         view = store.view(known.id, ViewKind.ORIGINAL, known.size)
         leases.opened(view.number)
         try:

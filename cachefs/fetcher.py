@@ -107,6 +107,7 @@ class Fetcher:
         if flight.priority is not Priority.DEMAND:
             flight.priority = Priority.DEMAND
             self._slots.reorder()
+            self._translations.reorder()
             self._arriving.memory.reorder()
 
     def not_under_way(self, view: StoredView, extent: Extent) -> list[Extent]:

@@ -139,7 +139,12 @@ class Filesystem(pyfuse3.Operations):
             stored = self._store.view(image.id, ViewKind.ORIGINAL, image.size)
         else:
             stored = await self._disks.open(image)
-        # From here on no await: what is opened is leased.
+        # From here on no await: what is opened is leased, and still what was looked up.
+        known = self._catalog.known(image_id)
+        if known is None or known.number != image.number:
+            raise NoEntry(image_id)
+        if known.condemned is not None:
+            raise ImageCondemned(image.id, known.condemned)
         view: View = StoredFile(stored, self._blocks)
         leased = [stored.number]
         if isinstance(node, Overlay):

@@ -33,8 +33,10 @@ LOOK_S = 5.0
 REQUEST_BYTES_MAX, REQUEST_BYTES_MIN, REQUEST_S = 16 << 20, 1 << 20, 0.25
 # After a failure the image waits, twice as long each time.
 AGAIN_S, AGAIN_MAX_S = 10.0, 600.0
-# While guests wait, it is looked so often whether they still do.
-COURTESY_S = 0.05
+# An image is gone over so often before it is left alone for a while: others' flights may have been in between.
+PASSES_MAX = 3
+# While guests wait, it is looked so often whether they still do; but not for longer than this at a time.
+COURTESY_S, COURTESY_MAX_S = 0.05, 5.0
 
 
 @dataclass(eq=False)
@@ -48,6 +50,7 @@ class _Job:
     failures: int = 0
     not_before_s: float = 0.0
     at: int = 0
+    passes: int = 0
     claimed: list[Extent] = field(default_factory=list)  # What one of us is about to fetch.
     at_risk: str | None = None
 
@@ -168,6 +171,8 @@ class Hydrator:
 
     def _next(self) -> _Job | None:
         now_s = trio.current_time()
+        if not self._store.health.may_write:
+            return None  # What would be fetched could not be kept.
         ready = [job for job in self._jobs.values() if job.not_before_s <= now_s and not job.view.complete]
         return max(ready, key=lambda job: job.since_s, default=None)
 
@@ -189,7 +194,11 @@ class Hydrator:
         view = job.view
         extent = await self._missing(job)
         if extent is None and job.at:
-            job.at = 0
+            job.at, job.passes = 0, job.passes + 1
+            if job.passes > PASSES_MAX:  # What was fetched goes as the rest comes.
+                job.passes = 0
+                self._failed(job, "the store does not hold it whole")
+                return
             extent = await self._missing(job)
         if extent is None:
             if view.complete:
@@ -208,8 +217,8 @@ class Hydrator:
             job.claimed.remove(extent)
         await self._store.flush()
         self.bytes_fetched += max(view.cached - before, 0)
-        if self._store.writer.trouble is not None and view.absent(extent):
-            self._failed(job, self._store.writer.trouble)
+        if view.absent(extent) and self._fetcher.flight_for(view, extent.start) is None:
+            self._failed(job, self._store.writer.trouble or "what was fetched is not kept")
             return
         job.failures, job.at = 0, extent.start
         if job.at_risk is not None and self._store.writer.trouble is None:
@@ -238,6 +247,8 @@ class Hydrator:
         while at < view.size:
             span = view.span_of(at)
             await self._blocks.load(view, span)
+            if at >> 30 != span.end >> 30:
+                await trio.lowlevel.checkpoint()  # Maps that are in memory are looked at without one.
             for gap in view.absent(span):
                 for free in subtract(gap, job.claimed + self._under_way(view, gap)):
                     if found is not None and free.start != found.end:
@@ -256,5 +267,7 @@ class Hydrator:
         if self._bandwidth:
             self._paid_until_s = begins_s + length / self._bandwidth
         await trio.sleep_until(begins_s)
-        while self._blocks.waiting:  # noqa: ASYNC110  # Nobody could set an event: many things end a wait.
+        until_s = trio.current_time() + COURTESY_MAX_S
+        # Nobody could set an event: many things end a wait.
+        while self._blocks.waiting and trio.current_time() < until_s:  # noqa: ASYNC110
             await trio.sleep(COURTESY_S)

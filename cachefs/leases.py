@@ -191,7 +191,7 @@ class Leases:
             size = self._store.images.get(image, {}).get("size")
             sizes[image] = size if isinstance(size, int) else 0
         for view in self._store.views():  # Of an image that Glance has no more, the view still knows it.
-            if view.record.image in sizes:
+            if view.record.image in sizes and view.record.kind is not f.ViewKind.RESIZED:
                 sizes[view.record.image] = max(sizes[view.record.image], view.record.size)
         return sum(sizes.values())
 

@@ -19,13 +19,14 @@ from cachefs.blocks import Blocks
 from cachefs.catalog import Catalog, Image
 from cachefs.errors import CachefsError
 from cachefs.store.content import Store, StoredView
-from cachefs.store.format import SpanNo, ViewKind
+from cachefs.store.format import ViewKind
 
 log = logging.getLogger(__name__)
 
 # Read and hashed in one go: some milliseconds of a thread.
 PIECE_BYTES = 4 << 20
 LOOK_S = 30.0
+EVICT_SPANS = 64
 # While guests wait, it is looked so often whether they still do; but not for longer than this at a time.
 COURTESY_S, COURTESY_MAX_S = 0.05, 5.0
 
@@ -91,6 +92,13 @@ class Verifier:
             length = min(PIECE_BYTES, view.size - at)
             data = await view.read(at, length)
             await trio.to_thread.run_sync(hasher.update, data)
+        now = self._catalog.known(image.id)
+        if (
+            now is None
+            or now.number != image.number
+            or self._store.known_view(image.id, ViewKind.ORIGINAL) is not view
+        ):
+            return  # Its id means another image now.
         found = hasher.hexdigest()
         if found == promised:
             self.verified += 1
@@ -107,8 +115,12 @@ class Verifier:
             other.condemn(why)
         self._catalog.learn_verified(image.id, why)
         self._store.end_views(image.id)
-        for other in views:
-            await self._store.evict([(other.number, SpanNo(span)) for span in range(other.spans)])
+        numbers = {other.number for other in views}
+        here = await trio.to_thread.run_sync(
+            lambda: [span for span in self._store.resident() if span[0] in numbers]
+        )
+        for first in range(0, len(here), EVICT_SPANS):
+            await self._store.evict(here[first : first + EVICT_SPANS])
 
     async def _courtesy(self) -> None:
         until_s = trio.current_time() + COURTESY_MAX_S

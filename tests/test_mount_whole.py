@@ -88,7 +88,7 @@ def test_a_pinned_image_comes_whole_after_a_restart(tmp_path: Path) -> None:
             assert state(node, IMAGES[0]) == "partial", "hydration is by hand here"
         node.configure(hydration=ON_OPEN)
         with node:
-            assert poll_until(lambda: state(node, IMAGES[0]) == "complete", 60)
+            assert poll_until(lambda: state(node, IMAGES[0]) == "complete", 90)
 
 
 def test_an_image_that_is_not_what_glance_promises_is_condemned(tmp_path: Path) -> None:
@@ -137,5 +137,5 @@ def test_an_origin_that_is_away_is_asked_again(tmp_path: Path) -> None:
         node.configure(hydration=ON_OPEN)
         with node, node.path(IMAGES[0]).open("rb") as opened:
             assert opened.read(1) == content(IMAGES[0], 0, 1)
-            origin.fault(*[Status(500)] * 3)
-            assert poll_until(lambda: state(node, IMAGES[0]) == "complete", 60)
+            origin.fault(*[Status(500)] * 2)
+            assert poll_until(lambda: state(node, IMAGES[0]) == "complete", 90)

@@ -25,7 +25,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
-from cachefs.errors import Absent, RecordCorrupt, StoreError
+from cachefs.errors import Absent, ImageCondemned, RecordCorrupt, StoreError
 from cachefs.plan.compaction import Sealed
 from cachefs.plan.cutting import CHUNK_PAGES_MAX
 from cachefs.plan.extents import PAGE, Extent, ceil, pieces
@@ -262,10 +262,18 @@ class StoredView:
             for run in self._maps[part.start >> self._shift].locate(part.start & self._mask, part.length)
         ]
 
-    def _note_verified(self, verified: Mapping[SpanNo, list[Extent]]) -> None:
-        for span, extents in verified.items():
-            self._maps[span] = self._maps[span].with_verified(extents)
-            self._maps[span].used = True
+    def _note_verified(self, verified: Mapping[SpanNo, list[tuple[Extent, Run]]]) -> None:
+        for span, found in verified.items():
+            span_map = self._maps.get(span)
+            if span_map is None:
+                continue
+            # The ledger may have been ahead of the map: only what lies where it was read is what was verified.
+            same = [
+                extent for extent, place in found if places(span_map.locate(*_start_and_length(extent))) == [place]
+            ]
+            if same:
+                self._put_map(span, span_map.with_verified(same))
+                self._maps[span].used = True
 
     async def doubt(self, offset: int) -> None:
         """The byte at `offset` should be here and could not be read: its chunk is looked at, and quarantined
@@ -279,6 +287,8 @@ class StoredView:
         """Makes sure that the maps of `extent`'s spans are in memory. No checkpoint when they are. Raises
         DiskUnusable when they cannot be read now."""
         while missing := [span for span in self._spans(extent) if span not in self._maps]:
+            if self.condemned is not None:
+                raise ImageCondemned(self.record.image, self.condemned)
             # One token for all who load at once: each overruling the other, two could go on for ever.
             tokens = {span: self._loading.setdefault(span, object()) for span in missing}
             try:
@@ -334,6 +344,8 @@ class StoredView:
     # ── what the store tells it ──
 
     def _put_map(self, span: int, span_map: SpanMap) -> None:
+        if self.condemned is not None:
+            return  # Nothing of it is to be found any more.
         if span not in self._maps:
             self._store.count_map(self, span)
         self._maps[span] = span_map
@@ -341,6 +353,8 @@ class StoredView:
     def publish(self, landed: Landed) -> None:
         self._loading.pop(landed.span, None)
         self._put_map(landed.span, landed.map)
+        if landed.cached < self.record.cached:
+            self._store.on_loss(self)
         self.record = self.record.with_cached(landed.cached)
 
     def forget_maps(self) -> None:
@@ -358,13 +372,13 @@ class StoredView:
 
 class _DiskRead:
     """One read in a thread. `out` is filled up to `failed_at` (an offset of the view), or whole; `verified` are
-    the chunks that were found to have their digests, as extents of their spans."""
+    the chunks that were found to have their digests, as extents of their spans, and where they lie."""
 
     def __init__(self, store: Store, view: ViewNo, shift: int, whole: Extent, runs: list[Run]) -> None:
         self._store, self._view, self._shift, self._whole, self._runs = store, view, shift, whole, runs
         self.out = bytearray(whole.length)
         self.failed_at: int | None = None
-        self.verified: dict[SpanNo, list[Extent]] = {}
+        self.verified: dict[SpanNo, list[tuple[Extent, Run]]] = {}
         self._unsynced: set[f.SegmentNo] = set()
         self._span = SpanNo(0)
         self._buffer = memoryview(b"")  # For one chunk, where chunks are verified.
@@ -426,7 +440,7 @@ class _DiskRead:
     ) -> bool:
         """Reads `part` of the chunk that is `extent` of its span. False when its bytes are not right."""
         source = chunk.offset + part.start - extent.start
-        if chunk_id in self._store.verified:
+        if chunk_id in self._store.verified and chunk.segment not in self._unsynced:
             return not len(into) or self._store.segments.read_into(chunk.segment, source, into) == len(into)
         if not self._buffer:
             self._buffer = memoryview(bytearray(CHUNK_PAGES_MAX * PAGE))
@@ -436,7 +450,8 @@ class _DiskRead:
             return False
         if chunk.segment not in self._unsynced:
             self._store.verified.add((chunk_id,))
-        self.verified.setdefault(self._span, []).append(extent)
+        place = Run(chunk.segment, chunk.offset, chunk.length)
+        self.verified.setdefault(self._span, []).append((extent, place))
         if len(into):
             into[:] = stored[part.start - extent.start : part.end - extent.start]
         return True
@@ -458,6 +473,7 @@ class Store:
         self.verified = Verified(everything=not verify_first_read)
         # Set by whoever makes room, and whoever mends: see `Evictor` and `Scrubber`.
         self.on_full: Callable[[int], None] | None = None
+        self.on_loss: Callable[[StoredView], None] = lambda view: None  # Something of it went.
         self.on_rot: Callable[[Sequence[f.ChunkId]], None] = lambda chunks: None
         self.used_and_forgotten: deque[tuple[ViewNo, int]] = deque(maxlen=MAPS_MAX)  # Spans whose maps went.
         self._opened = opened
@@ -612,6 +628,8 @@ class Store:
     async def evict(self, spans: Sequence[tuple[ViewNo, SpanNo]]) -> int:
         """These spans become absent, whatever holds them. Returns the bytes of segments that were freed, when
         their space is back. Raises StoreError when that could not be committed."""
+        if not self.health.may_look_up:
+            raise StoreError("nothing is evicted while the disk is not well")
         reply = Reply(-1)
         self.writer.submit(Drop(spans, reply))
         freed = await reply.wait()
@@ -802,7 +820,10 @@ class Store:
         for span in landed:
             view = self._views.get(span.view)
             if view is None:  # It was forgotten while this was on its way: somebody has to evict it again.
-                view = self._add_view(span.view, self.writer.ledger.views[span.view])
+                record = self.writer.ledger.views.get(span.view)
+                if record is None:
+                    continue
+                view = self._add_view(span.view, record)
             view.publish(span)
 
     def committed(self, chunks: Iterable[f.ChunkId]) -> None:
@@ -811,8 +832,9 @@ class Store:
     def went_back(self, views: Mapping[ViewNo, ViewRecord]) -> None:
         self._forget_maps()
         for number, record in views.items():
-            if number in self._views:
-                self._views[number].record = record
+            if number in self._views:  # What was decided since, and not committed, still stands.
+                mine = self._views[number]
+                mine.record = mine.record.with_cached(record.cached)
 
     def full(self, wanted: int) -> bool:
         if self.on_full is not None:
@@ -885,6 +907,10 @@ class Store:
             "commits": self.writer.commits,
             "trouble": self.writer.trouble,
         }
+
+
+def _start_and_length(extent: Extent) -> tuple[int, int]:
+    return extent.start, extent.length
 
 
 def _view_key(image: str, kind: ViewKind, size: int) -> tuple[str, ViewKind, int]:

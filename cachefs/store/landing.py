@@ -212,7 +212,7 @@ class Lander:
 
     def lifeless(self) -> list[SegmentNo]:
         """The segments in which no chunk lies, and to which nothing will be appended."""
-        return [n for n, record in self._ledger.segments.items() if record.live == 0 and n != self._segment]
+        return [n for n, record in list(self._ledger.segments.items()) if record.live == 0 and n != self._segment]
 
     def doubt(self, view: ViewNo, span: SpanNo, page: int) -> Landed | None:
         """Looks again at the chunk that holds `page` of a span, and quarantines it if it is rotten, or if the disk
@@ -270,7 +270,8 @@ class Lander:
     def _stored_is(self, chunk_id: ChunkId, chunk: Chunk, piece: memoryview) -> bool:
         stored = self._read(chunk)
         if stored == bytes(piece):  # memcmp; comparing a memoryview goes byte by byte.
-            self._verified.add((chunk_id,))
+            if chunk.segment not in self._ledger.uncommitted_segments():
+                self._verified.add((chunk_id,))
             return True
         self._check(chunk_id, chunk, stored)
         return False
