@@ -45,6 +45,11 @@ class Plan:
     zeros: tuple[Extent, ...]
     fetches: tuple[Fetch, ...]
 
+    @property
+    def bytes(self) -> int:
+        """What is fetched in all."""
+        return sum(fetch.extent.length for fetch in self.fetches)
+
 
 def sequential_plan(offset: int, pieces: Iterable[Piece], gap_max: int, fetch_max: int) -> Plan:
     """Few large requests for `pieces`, which begin at `offset` of the disk. What is not wanted in between is
