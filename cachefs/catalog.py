@@ -92,7 +92,10 @@ class Image:
     @classmethod
     def from_fields(cls, image: str, stored: dict[str, Any]) -> Image:
         known = {f.name for f in fields(cls)}
-        disk = Disk(**stored["disk"]) if isinstance(stored.get("disk"), dict) else None
+        disk = None
+        if isinstance(stored.get("disk"), dict):
+            of_disk = {f.name for f in fields(Disk)}
+            disk = Disk(**{k: v for k, v in stored["disk"].items() if k in of_disk})
         return cls(**{**{k: v for k, v in stored.items() if k in known}, "id": image, "disk": disk})
 
 

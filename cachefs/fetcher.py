@@ -16,7 +16,7 @@ import trio
 
 from cachefs.arriving import Arriving, FlightSink
 from cachefs.bounds import Bound
-from cachefs.errors import OriginBusy, OriginError, OriginLied, OriginUnavailable, RangeRefused
+from cachefs.errors import ImageRefused, OriginBusy, OriginError, OriginLied, OriginUnavailable, RangeRefused
 from cachefs.flights import Counts, Flight, Priority, Slab
 from cachefs.plan.extents import Extent, subtract
 from cachefs.plan.windows import Link
@@ -172,7 +172,8 @@ class Fetcher:
         except OriginError as error:
             flight.error = error
             self.counts.failures += 1
-            log.warning("[image %s] %s", flight.view.record.image, error)
+            said = isinstance(error, ImageRefused)  # When it was found, once for the image.
+            log.log(logging.DEBUG if said else logging.WARNING, "[image %s] %s", flight.view.record.image, error)
         except Exception:  # A bug in one fetch is an error of its readers, not the end of everybody's mount.
             image = flight.view.record.image
             log.exception("[image %s] unexpected failure of a fetch", image)

@@ -33,6 +33,8 @@ LOOK_S = 5.0
 REQUEST_BYTES_MAX, REQUEST_BYTES_MIN, REQUEST_S = 16 << 20, 1 << 20, 0.25
 # After a failure the image waits, twice as long each time.
 AGAIN_S, AGAIN_MAX_S = 10.0, 600.0
+# The store has what was fetched some milliseconds later, but for a slow disk.
+LANDING_LOOK_S, LANDING_MAX_S = 0.02, 30.0
 # An image is gone over so often before it is left alone for a while: others' flights may have been in between.
 PASSES_MAX = 3
 # While guests wait, it is looked so often whether they still do; but not for longer than this at a time.
@@ -215,7 +217,7 @@ class Hydrator:
             await self._blocks.hydrate(view, extent)
         finally:
             job.claimed.remove(extent)
-        await self._store.flush()
+        await self._until_landed(view, extent)
         self.bytes_fetched += max(view.cached - before, 0)
         if view.absent(extent) and self._fetcher.flight_for(view, extent.start) is None:
             self._failed(job, self._store.writer.trouble or "what was fetched is not kept")
@@ -224,6 +226,12 @@ class Hydrator:
         if job.at_risk is not None and self._store.writer.trouble is None:
             log.info("[image %s] can be fetched again", view.record.image)
             job.at_risk = None
+
+    async def _until_landed(self, view: StoredView, extent: Extent) -> None:
+        """Returns when nothing of it is on its way any more. Durable it need not be: a crash costs fetching again."""
+        until_s = trio.current_time() + LANDING_MAX_S
+        while self._under_way(view, extent) and trio.current_time() < until_s:  # noqa: ASYNC110
+            await trio.sleep(LANDING_LOOK_S)
 
     @property
     def _request_bytes(self) -> int:

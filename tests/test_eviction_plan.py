@@ -213,3 +213,14 @@ def test_freeing_the_goal_is_enough_and_never_more_than_there_is(
     after = Usage(used - found, limit)
     assert goal(after, high, low, origin_is_well=well) == 0
     assert over(after) == 0
+
+
+def test_more_groups_than_a_rank_has_places_are_no_failure() -> None:
+    """A span here and there of disks of many TiB."""
+    used = Group.empty(0)
+    used.last_s[0] = 1
+    empty = Group.empty(USES_SPANS)
+    many = ViewUse(ViewNo(1), [empty] * (1 << 20) + [used] * 10)
+    assert [victim.span for victim in victims([many], 3)] == [0, 0, 0]
+    full = ViewUse(ViewNo(2), [used] * ((1 << 20) + 10))
+    assert len(victims([full], 5)) == 5
