@@ -228,7 +228,7 @@ class Hydrator:
             job.at_risk = None
 
     async def _until_landed(self, view: StoredView, extent: Extent) -> None:
-        """Returns when nothing of it is on its way any more. Durable it need not be: a crash costs only fetching."""
+        """Returns when nothing of it is on its way any more; it need not be durable yet."""
         until_s = trio.current_time() + LANDING_MAX_S
         while self._under_way(view, extent) and trio.current_time() < until_s:  # noqa: ASYNC110
             await trio.sleep(LANDING_LOOK_S)
