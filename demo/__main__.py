@@ -21,7 +21,8 @@ _KEPT = "keeping it running"
 
 CLOUD = """
     [glance]
-    cloud = NAME                                # of clouds.yaml
+    # of clouds.yaml
+    cloud = NAME
 """
 APPLICATION_CREDENTIAL = """
     [glance]

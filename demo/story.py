@@ -140,7 +140,7 @@ class Story:
         t.line()
         t.fact("took", f"{cost.seconds:.2f} s, without Glance")
         t.line()
-        t.say("What nobody has read yet is not here. This version does not fetch whole images ahead of need.")
+        t.say("What nobody has read yet is not here. Fetching the rest in the background is off in this demo.")
         began_s = time.monotonic()
         out = self._run(self._debugfs(f"dump {_UNREAD[0]} ../dumped"), fails=True)
         t.fact("failed after", f"{time.monotonic() - began_s:.1f} s: an error, never a wrong byte")
