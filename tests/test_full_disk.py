@@ -38,7 +38,7 @@ READ: Final = MIB
 # what was granted before others took it (an eighth of what was left).
 IN_FLIGHT: Final = GROUP_BYTES + 4 * MIB + MAX_SIZE // 8
 RUN_S: Final = 20.0 * stores.HUNT
-GIVES_WAY_S: Final = 20.0
+GIVES_WAY_S: Final = 60.0
 
 
 @pytest.fixture
