@@ -37,6 +37,7 @@ READ: Final = MIB
 # What may be on its way when the limit is met: one group that lands, what the filesystem needs to note it, and
 # what was granted before others took it (an eighth of what was left).
 IN_FLIGHT: Final = GROUP_BYTES + 4 * MIB + MAX_SIZE // 8
+INDEX_PAGES: Final = 1 * MIB
 RUN_S: Final = 20.0 * stores.HUNT
 GIVES_WAY_S: Final = 60.0
 
@@ -172,7 +173,8 @@ def test_others_fill_the_disk_and_leave_it_again(filesystem: Path, node: Node) -
         assert max(found.used for found in samples) <= MAX_SIZE + IN_FLIGHT
         for before, after in pairwise(samples):
             grew = after.used - before.used
-            assert grew <= 0 or before.used <= before.limit + IN_FLIGHT, "it grows where nothing is left"
+            # Evicting writes some pages of the index before it frees any.
+            assert grew <= INDEX_PAGES or before.used <= before.limit + IN_FLIGHT, "it grows where nothing is left"
         # Space comes back for the store, too.
         neighbour.resize(0)
         node.wait_for_status(lambda now: now["store"]["trouble"] is None, 60)
