@@ -49,6 +49,14 @@ class Node(node.Node):
                 raise TimeoutError(f"the daemon is busy after {IDLE_MAX_S} s: {status['fetcher']}")
             time.sleep(0.05)
 
+    def wait_verified(self) -> None:
+        """Until an image that is here whole was compared with Glance's hash, which takes a processor a while."""
+        deadline_s = time.monotonic() + IDLE_MAX_S
+        while not self.status()["verification"]["verified"]:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"nothing was verified in {IDLE_MAX_S} s")
+            time.sleep(0.1)
+
     def segments(self) -> list[Path]:
         """The files of its chunks."""
         return sorted((self.store / "segments").glob("*.seg"))

@@ -36,6 +36,7 @@ def run(lab: Lab) -> Iterator[Row]:
         status = node.wait_idle()
         if status["store"]["bytes_cached"] != size:
             raise RuntimeError(f"the image is not warm: {status['store']}")
+        node.wait_verified()
         for segment in node.segments():
             read_all(segment)
         for what, pattern, length, depth in JOBS:

@@ -297,6 +297,28 @@ def test_the_first_read_after_a_start_verifies_and_the_second_is_a_hit(folder: P
     trio.run(main)
 
 
+def test_a_chunk_that_was_verified_by_another_way_is_read_slowly_once_more_at_most(folder: Path) -> None:
+    content = random_bytes(17, SPAN)
+
+    async def prepare() -> None:
+        async with running(folder) as store:
+            for number in (1, 2):
+                await land_all(store, view_of(store, number, SPAN), content)
+
+    async def main() -> None:
+        async with running(folder) as store:
+            views = [view_of(store, number, SPAN) for number in (1, 2)]
+            for view in views:
+                await view.load(Extent(0, SPAN))  # Before anything is verified.
+            for view in views:
+                assert view.read_now(0, PAGE) is None
+                assert await view.read(0, PAGE) == content[:PAGE]
+                assert bytes(view.read_now(0, PAGE) or b"") == content[:PAGE]
+
+    trio.run(prepare)
+    trio.run(main)
+
+
 def stores_chunks(store: Store) -> list[f.Chunk]:
     return [f.Chunk.decode(key, record) for key, record in store.items(Table.CHUNKS)]
 

@@ -440,8 +440,13 @@ class _DiskRead:
     ) -> bool:
         """Reads `part` of the chunk that is `extent` of its span. False when its bytes are not right."""
         source = chunk.offset + part.start - extent.start
+        place = Run(chunk.segment, chunk.offset, chunk.length)
         if chunk_id in self._store.verified and chunk.segment not in self._unsynced:
-            return not len(into) or self._store.segments.read_into(chunk.segment, source, into) == len(into)
+            if self._store.segments.read_into(chunk.segment, source, into) != len(into):
+                return False
+            # By another way than this map's: the next read need not come here.
+            self.verified.setdefault(self._span, []).append((extent, place))
+            return True
         if not self._buffer:
             self._buffer = memoryview(bytearray(CHUNK_PAGES_MAX * PAGE))
         stored = self._buffer[: chunk.length]
@@ -450,7 +455,6 @@ class _DiskRead:
             return False
         if chunk.segment not in self._unsynced:
             self._store.verified.add((chunk_id,))
-        place = Run(chunk.segment, chunk.offset, chunk.length)
         self.verified.setdefault(self._span, []).append((extent, place))
         if len(into):
             into[:] = stored[part.start - extent.start : part.end - extent.start]
