@@ -34,7 +34,10 @@ log = logging.getLogger(__name__)
 # One thread call lands about this much: short enough that what has landed is soon readable.
 GROUP_BYTES = 16 << 20
 # This much landed is committed without waiting for the interval.
-COMMIT_BYTES = 256 << 20
+COMMIT_BYTES = 64 << 20
+# Looking for chunks like those of a span touches some 100 pages of a large index: after so many landings they
+# count as this process's memory no more.
+TRIM_LANDINGS = 16
 # With this much landed and not committed, landing waits for the disk: a bound on what a crash can lose.
 UNCOMMITTED_BYTES_MAX = 1 << 30
 # More holes than this are made by several threads.
@@ -274,6 +277,7 @@ class Writer:
         self._asked: list[tuple[Reply[int], int]] = []
         self._told_of_failure: list[_Told] = []
         self._landing = False
+        self._landed_since_trim = 0
         self._sealed_is_committed = False
         self._held: deque[Land] = deque()  # They met the limit, and wait for room.
         self._held_until_s = float("inf")
@@ -495,6 +499,10 @@ class Writer:
                         raise AssertionError("flushes are no work")
                     case _:
                         self._do_asked(command, out)
+        self._landed_since_trim += len(out.kept)
+        if self._landed_since_trim >= TRIM_LANDINGS:
+            self._landed_since_trim = 0
+            self._index.trim()
         return out
 
     def _land_one(self, command: Land, keep: bool, out: _Outcome) -> None:
