@@ -95,6 +95,7 @@ def warm(lab: Lab) -> Iterator[Row]:
         for path in (node.path(plain), _raw(node, image)):
             read_all(path)
         node.wait_idle()
+        node.wait_verified()
         for segment in node.segments():
             read_all(segment)
         for what, pattern, length, depth in JOBS:

@@ -54,7 +54,7 @@ from cachefs.namespace import (
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import ViewKind, ViewNo
 from cachefs.views import Buffer, View
-from cachefs.views.resized import ResizedView
+from cachefs.views.resized import ResizedFile
 from cachefs.views.stored import StoredFile
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Filesystem(pyfuse3.Operations):
         if isinstance(node, Overlay):
             if size < stored.size:  # Looked up when the image of this id was another one.
                 raise NoEntry(image_id)
-            view = ResizedView(view, size)
+            view = ResizedFile(stored, self._blocks, size)
             leased.append(self._store.view(image.id, ViewKind.RESIZED, size, ViewNo(node.view)).number)
         handle = next(self._handles)
         opened = self._open[handle] = _Opened(inode, view, stored, image, leased)
