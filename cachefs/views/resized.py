@@ -1,5 +1,5 @@
-"""A disk with a larger end: the raw view, and zeros behind it. Rule: holds no bytes of its own, and what lies in the
-disk is read exactly as the disk's own file is.
+"""A disk with a larger end: the raw view, and zeros behind it. Rule: holds no bytes of its own, and what lies in
+the disk is read exactly as the disk's own file is.
 """
 
 from __future__ import annotations
