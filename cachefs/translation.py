@@ -272,7 +272,7 @@ class Translator:
     def _make_room(self, step: _Step) -> None:
         if all(isinstance(piece, Zero) for piece in step.pieces):
             return
-        step.room = self._rooms.pop() if self._rooms else mmap.mmap(-1, ROOM)
+        step.room = self._rooms.pop() if self._rooms else _memory(ROOM)
         at = 0
         for piece in step.pieces:
             if isinstance(piece, Zero):
@@ -371,7 +371,7 @@ class _Body:
 
     def room_now(self) -> memoryview | None:
         if not self._data:
-            self._data = memoryview(mmap.mmap(-1, self.fetch.extent.length))
+            self._data = memoryview(_memory(self.fetch.extent.length))
         return self._data[self._at :] if self._at < len(self._data) else None
 
     def awaited(self, n: int) -> bool:
@@ -380,6 +380,11 @@ class _Body:
     def arrived(self, n: int) -> None:
         self._at += n
         self._wake()
+
+
+def _memory(size: int) -> mmap.mmap:
+    """Zeros, of this process alone: what is shared by default costs more for each page that is touched first."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _steps(whole: Extent, cluster: int) -> Iterator[Extent]:

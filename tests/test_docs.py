@@ -33,6 +33,7 @@ IMPORTERS: Final = {
     "requests": {"cachefs.sources.glance"},
     "oslo_utils": {"cachefs.formats.first_line"},
     "zstandard": {"cachefs.formats.decompress"},
+    "isal": {"cachefs.formats.decompress"},
     "oslo_config": {"cachefs.config", "cachefs.option_types", "cachefs.sources.auth"},
 }
 PURE: Final = (
