@@ -39,7 +39,7 @@ from cachefs.fuse import Filesystem, Mount
 from cachefs.guest_disks import GuestDisks
 from cachefs.hydrator import Hydrator
 from cachefs.leases import Leases
-from cachefs.notify import notify
+from cachefs.notify import notify, watchdog_s
 from cachefs.plan.windows import Pattern
 from cachefs.sandbox import Account
 from cachefs.scrubber import Around, Fate, Scrubber
@@ -64,6 +64,7 @@ STATUS_INTERVAL_S = 10.0
 def run(config: Config) -> None:
     """Runs the daemon until SIGTERM, SIGINT or an unmount. Raises CachefsError when it cannot start."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    faulthandler.enable()  # SIGABRT is how systemd ends who does not feed its watchdog any more.
     _raise_file_limit()
     try:
         trio.run(_main, config)
@@ -293,6 +294,7 @@ async def _serve(node: _Node) -> None:
                         mount.open()
                         serving.start_soon(control.serve)
                         serving.start_soon(_report, mount, store, node.status)
+                        serving.start_soon(_feed_watchdog)
                         await mount.serve()
                         serving.cancel_scope.cancel()
                 finally:
@@ -355,6 +357,14 @@ async def _report(mount: Mount, store: Store, status: Status) -> None:
             STATUS=f"{now['images']['open']} images open, {now['reads']['waiting']} reads waiting, "
             f"{now['store']['bytes_cached'] >> 20} MiB cached"
         )
+
+
+async def _feed_watchdog() -> None:
+    """On the loop that serves reads: when it is stuck, nobody says so, and systemd starts another daemon."""
+    interval_s = watchdog_s()
+    while interval_s is not None:
+        notify(WATCHDOG="1")
+        await trio.sleep(interval_s)
 
 
 def log_stacks(blocks: Blocks) -> None:

@@ -1,4 +1,4 @@
-"""What systemd is told: READY, STATUS, STOPPING. Rule: never an error; without systemd nothing happens.
+"""What systemd is told: READY, STATUS, STOPPING, WATCHDOG. Rule: never an error; without systemd nothing happens.
 
 The protocol is one datagram to `$NOTIFY_SOCKET` (sd_notify(3)); no package of this ecosystem offers less than
 a service framework for it.
@@ -21,3 +21,11 @@ def notify(**fields: str) -> None:
             sender.sendto(message.encode(), "\0" + where[1:] if where[0] == "@" else where)
         except OSError:
             pass  # Whoever asked to be told is gone.
+
+
+def watchdog_s() -> float | None:
+    """How often systemd is to hear WATCHDOG of this process, twice within its limit; None where it does not ask."""
+    asked, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    if not asked.isdecimal() or pid not in ("", str(os.getpid())) or not int(asked):
+        return None
+    return int(asked) / 2e6

@@ -116,6 +116,19 @@ def test_what_systemd_is_told(node: Node) -> None:
         assert_sound(node.store)
 
 
+def test_the_watchdog_is_fed_and_its_end_leaves_stacks(tmp_path: Path, origin: StallingOrigin) -> None:
+    node = Node(tmp_path, origin.url, wrapper=("env", "WATCHDOG_USEC=100000"))
+    with node:
+        node.wait_for(lambda: node.notices.count({"WATCHDOG": "1"}) >= 3)
+        os.kill(node.pid, signal.SIGABRT)  # What systemd sends to who does not feed it.
+        assert node.wait_for_end() == -signal.SIGABRT
+        assert "Fatal Python error: Aborted" in node.log
+        assert 'daemon.py", line' in node.log
+        node.kill()
+        unmount(node.mountpoint)
+    assert_sound(node.store)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_ends_it_while_reads_wait(node: Node, origin: StallingOrigin, number: signal.Signals) -> None:
     with node, ThreadPoolExecutor(20) as pool:
