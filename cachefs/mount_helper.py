@@ -25,9 +25,9 @@ LINES_MAX = 64 << 10
 
 # Everybody's, for mount(8) and systemd, or what this filesystem is anyway: files cannot be changed or executed.
 _IGNORED = {
-    "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev", "ro", "rw", "suid",
-    "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime",
-    "async", "sync",
+    "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev", "ro", "rw",
+    "suid", "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime", "diratime", "nodiratime", "relatime",
+    "norelatime", "async", "sync",
 }  # fmt: skip
 _IGNORED_PREFIXES = ("x-", "X-", "comment=")
 

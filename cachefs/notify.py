@@ -24,7 +24,7 @@ def notify(**fields: str) -> None:
 
 
 def watchdog_s() -> float | None:
-    """How often systemd is to hear WATCHDOG of this process, twice within its limit; None where it does not ask."""
+    """How often this process is to say WATCHDOG, twice within the limit; None where systemd does not ask."""
     asked, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
     if not asked.isdecimal() or pid not in ("", str(os.getpid())) or not int(asked):
         return None
