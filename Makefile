@@ -33,5 +33,5 @@ bench:
 	@$(PYTHON_VENV) -m bench $(ARGS)
 
 clean:
-	rm -rf .venv .guest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .guest .tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,13 +15,16 @@ from types import FrameType
 
 from bench import (
     big_index,
+    boot,
     cold_4k,
     evict,
     first_read,
     herd,
+    hydration,
     layouts,
     many_images,
     memory,
+    metrics,
     random_cold,
     raw,
     scrub,
@@ -44,9 +47,15 @@ BENCHMARKS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "evict": evict.run,
     "scrub": scrub.run,
     "first-read": first_read.run,
+    "metrics": metrics.run,
     "raw-first": raw.first,
     "raw-sequential": raw.sequential,
     "raw-warm": raw.warm,
+    "boot-cold": boot.cold,
+    "boot-trace": boot.traced,
+    "boot-four": boot.four,
+    "boot-qcow2": boot.packed,
+    "hydration": hydration.run,
 }
 
 

@@ -6,26 +6,31 @@ This is the way of a miss. The way of a hit is `StoredView.read_now`, and does n
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 
 import trio
 
-from cachefs.errors import Absent, ImageCondemned, OriginUnavailable, ReadDeadline
+from cachefs import logs
+from cachefs.errors import Absent, ImageCondemned, OriginChanged, OriginUnavailable, ReadDeadline
 from cachefs.fetcher import Fetcher
-from cachefs.flights import Priority
+from cachefs.flights import Flight, Priority
+from cachefs.histogram import Timed
 from cachefs.plan import windows
-from cachefs.plan.extents import BLOCK, Extent, aligned
+from cachefs.plan.extents import BLOCK, Extent, aligned, subtract
 from cachefs.plan.windows import Pattern
 from cachefs.store.content import READ_MAX, StoredView
-from cachefs.store.format import OriginMode
+from cachefs.store.format import OriginMode, ViewKind
 from cachefs.store.health import DiskUnusable
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 Buffer = bytes | bytearray | memoryview
 
+# What somebody waited for meanwhile, and the store refused, stays in memory.
+LANDING_MAX_S = 30.0
 # A byte that should be here and is not is looked at and fetched again so often.
 TRIES_MAX = 3
 
@@ -40,7 +45,13 @@ class _Reading:
     tried_at: int = -1
     tries: int = 0
     just: bool = False  # Nothing around it is wanted.
+    within: Flight | None = None  # The flight that is made of it.
+    fails: bool = True  # Where a block of it is refused; else the others are fetched.
     unreadable: bool = False  # The disk does not give what is here: it is fetched as if it were not.
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.DEMAND if self.within is None else self.within.priority
 
     def try_again(self, offset: int) -> None:
         """Counts tries at one offset; raises when they are too many."""
@@ -50,6 +61,31 @@ class _Reading:
             raise OriginUnavailable(self.view.record.image, f"byte {offset} came and cannot be read")
 
 
+class Beside:
+    """Guests that wait for what no boot trace brings: what is fetched of traces gives way to them."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self._calm = trio.lowlevel.ParkingLot()
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        """One of them waits, as long as this lasts."""
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+            if not self.waiting:
+                self._calm.unpark_all()
+
+    async def until_calm(self, at_most_s: float) -> None:
+        """Returns when none of them waits, or after `at_most_s`."""
+        with trio.move_on_after(at_most_s):
+            while self.waiting:
+                await self._calm.park()
+
+
 class Blocks:
     """Reads stored views, fetching what is absent. `read_deadline_s` is the longest that a read may take."""
 
@@ -57,47 +93,86 @@ class Blocks:
         self._fetcher = fetcher
         self._deadline_s = read_deadline_s
         self.reading: set[_Reading] = set()  # Reads that wait at this moment.
+        self._calm = trio.lowlevel.ParkingLot()
         self.misses = 0
-        self.on_random_miss: Callable[[StoredView, int], None] = lambda view, offset: None
+        # Reads of guests that are no hits: of bytes on their way to the store, of those on its disk, and the rest.
+        self.from_memory, self.from_disk, self.missed = Timed(), Timed(), Timed()
+        self.beside_traces = Beside()
+        # How many bytes of a view, from an offset on, cost so many of its origin's.
+        self.reach: Callable[[StoredView, int, int], int] = lambda view, offset, cost: cost
 
-    async def read_just(self, view: StoredView, extent: Extent) -> Buffer:
-        """As `read`, fetching no more than the blocks of `extent`."""
-        return await self.read(view, extent.start, extent.length, Pattern(), just=True)
+    async def read_just(self, view: StoredView, extent: Extent, within: Flight | None = None) -> Buffer:
+        """As `read`, fetching no more than the blocks of `extent`. `within`: the flight that is made of it, and is
+        as urgent."""
+        return await self.read(view, extent.start, extent.length, Pattern(), just=True, within=within)
+
+    async def fetch_just(self, view: StoredView, extent: Extent, within: Flight) -> None:
+        """Sees to it that what is absent of the blocks of `extent` is on its way: each gap as one request."""
+        reading = _Reading(view, extent, trio.current_time(), just=True, fails=False, within=within)
+        await self._start_missing(reading, extent, Pattern())
 
     async def load(self, view: StoredView, extent: Extent) -> None:
         """The maps of `extent`, where the disk gives them."""
         await _load(view, extent)
 
     async def read(
-        self, view: StoredView, offset: int, length: int, pattern: Pattern, *, just: bool = False
+        self,
+        view: StoredView,
+        offset: int,
+        length: int,
+        pattern: Pattern,
+        *,
+        just: bool = False,
+        within: Flight | None = None,
     ) -> Buffer:
         """`length` bytes from `offset`, which lie in the view; good until the next await. Raises OriginError;
         ReadDeadline in time."""
         if view.condemned is not None:
             raise ImageCondemned(view.record.image, view.condemned)
         wanted = Extent(offset, offset + length)
-        reading = _Reading(view, wanted, trio.current_time(), just=just)
-        self.reading.add(reading)
+        reading = _Reading(view, wanted, trio.current_time(), just=just, within=within)
+        timed = self.from_disk
+        nobody_waits = reading.priority is Priority.HYDRATION
+        if not nobody_waits:
+            self.reading.add(reading)
         try:
-            with trio.move_on_after(self._deadline_s):
+            with trio.move_on_after(inf if nobody_waits else self._deadline_s):
                 await _load(view, wanted)
                 if view.absent(wanted):
                     self.misses += 1
+                    timed = self.missed
                     await self._start_missing(reading, wanted, pattern)
-                return await self._collect(reading, pattern)
+                data = await self._collect(reading, pattern)
+                timed.bytes += 0 if just else length
+                return data
         finally:
+            if not just:
+                timed.seconds.observe(trio.current_time() - reading.since_s)
             self.reading.discard(reading)
+            if not self.reading:
+                self._calm.unpark_all()
         raise ReadDeadline(view.record.image, f"{length} bytes at {offset} did not come in {self._deadline_s} s")
 
     def arrived(self, view: StoredView, offset: int, length: int) -> memoryview | None:
         """The bytes, when all of them are in memory on their way to the store; good until the next await."""
         part = None if view.condemned is not None else self._arrived(view, Extent(offset, offset + length))
-        return part if part is not None and len(part) == length else None
+        if part is None or len(part) != length:
+            return None
+        self.from_memory.seconds.observe(0.0)  # Nothing was waited for.
+        self.from_memory.bytes += length
+        return part
 
     @property
     def waiting(self) -> int:
         """How many reads wait at this moment."""
         return len(self.reading)
+
+    async def until_calm(self, at_most_s: float) -> None:
+        """Returns when no read waits, or after `at_most_s`: what is done in the background begins its next bit
+        of work then."""
+        with trio.move_on_after(at_most_s):
+            while self.reading:
+                await self._calm.park()
 
     async def _collect(self, reading: _Reading, pattern: Pattern) -> Buffer:
         view, wanted = reading.view, reading.wanted
@@ -119,15 +194,31 @@ class Blocks:
                 continue
             flight = self._fetcher.flight_for(view, at)
             if flight is not None:
-                self._fetcher.hurry(flight)
+                self._hurry(reading, flight)
                 # Up to where its slab ends: after that the bytes may be in the store, or let go.
-                await flight.wait_for(min(wanted.end, view.span_of(at).end))
+                until = min(wanted.end, view.span_of(at).end)
+                try:
+                    if flight.traced or reading.just:
+                        await flight.wait_for(until)
+                    else:
+                        with self.beside_traces.one_more():
+                            await flight.wait_for(until)
+                except OriginChanged as error:
+                    if _is_about(error, flight, at, until):
+                        raise
                 continue
             await _load(view, wanted)
             if reading.unreadable or view.absent(Extent(at, at + 1)):
                 reading.try_again(at)
                 await self._start_missing(reading, Extent(at, wanted.end), pattern)
         return b"" if out is None else out
+
+    def _hurry(self, reading: _Reading, flight: Flight) -> None:
+        """It is as urgent from now on as what waits for it."""
+        if reading.priority is Priority.DEMAND:
+            self._fetcher.hurry(flight)
+        elif reading.within is not None:
+            reading.within.needs.add(flight)
 
     def _arrived(self, view: StoredView, wanted: Extent) -> memoryview | None:
         """What is in memory of `wanted`, from its start."""
@@ -151,11 +242,12 @@ class Blocks:
         try:
             return await view.read(at, end - at)
         except DiskUnusable as error:
-            log.debug("[image %s] %d bytes at %d: %s", view.record.image, end - at, at, error)
+            log.debug("%d bytes at %d: %s", end - at, at, error, image=view.record.image)
             if view.is_well:  # It is this place, not the disk.
-                await self._doubt(reading, at)
+                await self._doubt(reading, at if error.offset is None else error.offset)
             else:
                 reading.unreadable = True
+            return error.before or None
         except Absent as error:
             await _load(view, Extent(at, end))
             if not view.absent(Extent(error.offset, error.offset + 1)):
@@ -173,9 +265,12 @@ class Blocks:
         view = reading.view
         await _load(view, wanted)
         for miss in [wanted] if reading.unreadable else view.absent(wanted):
-            parts = self._fetcher.not_under_way(view, miss)
+            refused = self._fetcher.refused(view, miss)
+            if refused and reading.fails:
+                raise OriginChanged(view.record.image, refused[0].start)
+            parts = [rest for part in self._fetcher.not_under_way(view, miss) for rest in subtract(part, refused)]
             for part in parts:
-                await self._start(view, aligned(part, BLOCK, view.size), pattern, reading)
+                await self._start(view, aligned(part, BLOCK, view.size), pattern, reading, reading.priority)
             joined = None if parts else self._fetcher.flight_for(view, miss.start)
             if joined is not None and not joined.whole and not pattern.covers(miss.start):
                 pattern.follow(joined.extent, pattern.is_next(miss.start))
@@ -193,6 +288,8 @@ class Blocks:
                 self._fetcher.start(view, miss, priority)
             return
         want, sequential = windows.window(self._fetcher.link, pattern, miss.start)
+        if not sequential:
+            want = self.reach(view, miss.start, want)
         unreadable = reading is not None and reading.unreadable
         if reading is not None and (reading.just or unreadable):  # What is unreadable will not be kept.
             want = miss.length
@@ -203,8 +300,6 @@ class Blocks:
         free = [gap for absent in gaps for gap in self._fetcher.not_under_way(view, absent)]
         extent = windows.request(miss, free, want)
         if extent is not None:
-            if priority is Priority.DEMAND and not sequential and not (reading and reading.just):
-                self.on_random_miss(view, miss.start)
             pattern.follow(self._fetcher.start(view, extent, priority).extent, sequential)
 
     def reached_mark(self, view: StoredView, pattern: Pattern, offset: int) -> None:
@@ -217,23 +312,34 @@ class Blocks:
         if self._fetcher.flight_for(view, at) is None:
             await self._start(view, Extent(at, min(at + BLOCK, view.size)), pattern, priority=Priority.READAHEAD)
 
-    async def hydrate(self, view: StoredView, extent: Extent) -> None:
+    async def hydrate(self, view: StoredView, extent: Extent) -> Extent | None:
         """Fetches what nobody brings of `extent`, from its first such block as far as it goes, below all that
-        anybody waits for. Returns when that is over; raises OriginError."""
+        anybody waits for. Returns what that was, when the store has it, or refused it. Raises OriginError."""
         await _load(view, extent)
         # From here to the start no await: others fetch the same image.
         free = [part for gap in view.absent(extent) for part in self._fetcher.not_under_way(view, gap)]
         if not free:
-            return
+            return None
         flight = self._fetcher.start(view, free[0], Priority.HYDRATION)
         await flight.ended.wait()
         if flight.error is not None:
             raise flight.error.again()
+        with trio.move_on_after(LANDING_MAX_S):
+            await flight.landed.wait()
+        return free[0]
 
     async def fetch(self, view: StoredView, extent: Extent) -> None:
         """Sees to it that what is absent in `extent` is on its way, though nobody waits for it."""
-        reading = _Reading(view, extent, trio.current_time())
+        reading = _Reading(view, extent, trio.current_time(), fails=False)
         await self._start_missing(reading, extent, Pattern())
+
+
+def _is_about(error: OriginChanged, flight: Flight, at: int, until: int) -> bool:
+    """Whether a flight was given up over what is wanted of it from `at` on; else that is worth one of its own."""
+    if flight.view.record.kind is ViewKind.ORIGINAL:
+        return error.offset < until and at < error.offset + BLOCK
+    # The offset is one of the file. A flight that began with what is wanted failed over it, or what it needs.
+    return flight.extent.start + BLOCK > at
 
 
 async def _load(view: StoredView, extent: Extent) -> None:
@@ -241,4 +347,4 @@ async def _load(view: StoredView, extent: Extent) -> None:
     try:
         await view.load(extent)
     except DiskUnusable as error:
-        log.debug("[image %s] %s", view.record.image, error)
+        log.debug("%s", error, image=view.record.image)

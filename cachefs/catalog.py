@@ -1,5 +1,8 @@
-"""Which images there are, as far as this node knows. Rule: only an authoritative 404 ends an image; whatever
-else Glance says or fails to say, known images stay known.
+"""Which images there are, as far as this node knows. Rule: only an authoritative 404, or the status `deleted`,
+ends an image; whatever else Glance says or fails to say, known images stay known.
+
+An image that ended is let go of when nothing here leases it any more. Until then it is GONE: what an instance
+stands on is still found by its id and opened (where only open handles lease it, by nobody else).
 
 What is known is remembered in the store, so a node starts, lists and opens without Glance. Glance is asked
 rarely: one listing per `listing_ttl_s` however often folders are listed, one question per unknown image and
@@ -8,32 +11,42 @@ rarely: one listing per `listing_ttl_s` however often folders are listed, one qu
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import trio
 
+from cachefs import logs
 from cachefs.errors import ImageForbidden, ImageGone, NoEntry, NotPermitted, OriginError, OriginUnavailable
 from cachefs.namespace import image_id, unique_links
+from cachefs.plan import metadata
 from cachefs.sources import Registry
 from cachefs.store.content import Store
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 # How long somebody waits for Glance to say what is not needed: a listing, or whether a known image is still
 # active. After that, what is known is the answer, and the question goes on in the background.
 LISTING_WAIT_S = 5.0
 OPEN_WAIT_S = 2.0
 UNKNOWN_WAIT_S = 20.0
+FRESH_WAIT_S = 300.0
 # Glance did not answer: known images are not asked for again for so long.
 UNWELL_S = 10.0
 NEGATIVES_MAX = 10_000
+# Of a listing, between two checkpoints: some 1 ms.
+_TAKEN_AT_ONCE = 20
 
 SIZE_MAX = (1 << 63) - 1  # What stat(2) can say.
 SHOWN = ("active", "deactivated")
+# The status of an image that Glance has no more, and that is still leased here.
+GONE = "gone"
+# So often it is looked whether it still is.
+LOOK_S = 60.0
+# What is leased and was not listed is asked for by itself: of each listing so many, each so often.
+CONFIRMED_MAX, CONFIRM_EVERY_S = 50, 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +58,13 @@ class Disk:
     format: str | None = None
     refused: str | None = None
     seen: bool = False
+    verified: bool = False  # All of it was made of the file, or compared with it, and the file has Glance's hash.
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What is known of an image. `size` in bytes; `updated_s` in seconds since the epoch. `number` is this
-    store's own, given once."""
+    """What is known of an image. `size` in bytes; `updated_s` and `created_s` in seconds since the epoch. `number`
+    is this store's own, given once. Of tags and properties, what `plan.metadata` keeps."""
 
     id: str
     number: int
@@ -68,6 +82,11 @@ class Image:
     disk: Disk | None = None  # None: nobody has looked yet.
     verified: bool = False  # All of it was compared with Glance's hash.
     condemned: str | None = None  # It was, and is not that.
+    origin_changed: str | None = None  # It was that once, and Glance gave something else later.
+    created_s: int = 0
+    hidden: bool = False
+    tags: tuple[str, ...] = ()
+    properties: tuple[tuple[str, str], ...] = ()
 
     def may_be(self, other: Image) -> bool:
         """Whether `other` can be the same image, whose bytes never change. A hash may come late, not change."""
@@ -75,6 +94,14 @@ class Image:
             None in (mine, theirs) or mine == theirs
             for mine, theirs in ((self.checksum, other.checksum), (self.os_hash_value, other.os_hash_value))
         )
+
+    def surely_is(self, other: Image) -> bool:
+        """Whether a hash says that they are the same: an id may be given anew to other bytes of the same size."""
+        said = any(
+            mine is not None and mine == theirs
+            for mine, theirs in ((self.checksum, other.checksum), (self.os_hash_value, other.os_hash_value))
+        )
+        return said and self.may_be(other)
 
     def with_what_is_known(self, known: Image) -> Image:
         """This, and what was known of its bytes: an answer that names no hash takes none back, and the disk inside
@@ -84,6 +111,7 @@ class Image:
             disk=known.disk if self.disk_format == known.disk_format else None,
             verified=known.verified,
             condemned=known.condemned,
+            origin_changed=known.origin_changed,
             checksum=self.checksum or known.checksum,
             os_hash_algo=self.os_hash_algo or known.os_hash_algo,
             os_hash_value=self.os_hash_value or known.os_hash_value,
@@ -96,7 +124,25 @@ class Image:
         if isinstance(stored.get("disk"), dict):
             of_disk = {f.name for f in fields(Disk)}
             disk = Disk(**{k: v for k, v in stored["disk"].items() if k in of_disk})
-        return cls(**{**{k: v for k, v in stored.items() if k in known}, "id": image, "disk": disk})
+        made: dict[str, Any] = {**{k: v for k, v in stored.items() if k in known}, "id": image, "disk": disk}
+        # Bounded again: what a later cachefs kept may be more.
+        made["tags"], made["properties"] = metadata.tags_of(stored), metadata.properties_of(_of(stored))
+        return cls(**made)
+
+    def to_fields(self) -> dict[str, Any]:
+        """What the store keeps, as JSON has it: without what says nothing, which many images have."""
+        stored = asdict(self) | {"tags": list(self.tags), "properties": dict(self.properties)}
+        del stored["id"]
+        return {k: v for k, v in stored.items() if k not in _LATER or v}
+
+
+# Fields that came after the others, or that few images have: left out where they say nothing.
+_LATER = ("created_s", "hidden", "tags", "properties", "origin_changed")
+
+
+def _of(stored: dict[str, Any]) -> dict[str, Any]:
+    properties = stored.get("properties")
+    return properties if isinstance(properties, dict) else {}
 
 
 def from_glance(answer: dict[str, Any], number: int) -> Image | None:
@@ -117,17 +163,38 @@ def from_glance(answer: dict[str, Any], number: int) -> Image | None:
         number=number,
         size=size,
         status=str(answer["status"]),
-        updated_s=_epoch_s(answer.get("updated_at")),
+        updated_s=metadata.epoch_s(answer.get("updated_at")),
+        created_s=metadata.epoch_s(answer.get("created_at")),
+        hidden=answer.get("os_hidden") is True,
+        tags=metadata.tags_of(answer),
+        properties=metadata.properties_of(answer),
         **texts,
     )
 
 
-def _epoch_s(text: object) -> int:
-    try:
-        moment = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
-    except ValueError:
-        return 0
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+class Claims(Protocol):
+    """Who needs an image here, by its id."""
+
+    def leased(self, image: str) -> bool:
+        """Whether anything does, if only an open handle."""
+        ...
+
+    def keeps(self, image: str) -> bool:
+        """Whether something does that outlives handles: it may be opened though Glance has it no more."""
+        ...
+
+    def started(self, image: str) -> bool:
+        """Whether an instance's disk names it and all of it is here: it may be opened though it is deactivated."""
+        ...
+
+
+class NoClaims:
+    """Nobody needs any."""
+
+    def leased(self, image: str) -> bool:
+        return False
+
+    keeps = started = leased
 
 
 class Catalog:
@@ -148,7 +215,11 @@ class Catalog:
         self._asking: dict[str, _Question] = {}
         self._newer: set[str] = set()  # Answered for themselves while a listing was under way.
         self._nursery: trio.Nursery | None = None
-        self.on_gone: Callable[[Image], None] = lambda image: None
+        self._confirmed_s: dict[str, float] = {}
+        self.claims: Claims = NoClaims()
+        self.on_gone: Callable[[Image], None] = lambda image: None  # Glance has it no more. It may be leased.
+        self.on_let_go: Callable[[Image], None] = lambda image: None  # Nobody can open it any more.
+        self.on_condemned: Callable[[Image], None] = lambda image: None
         self.last_error: str | None = None
         self.listings = self.questions = 0
         for image, stored in store.images.items():
@@ -159,7 +230,9 @@ class Catalog:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            while True:
+                self._let_go_of_unleased()
+                await trio.sleep(LOOK_S)
 
     # ── what is known, without asking ──
 
@@ -185,10 +258,15 @@ class Catalog:
         """What a listing shows, in the order of the numbers: what Glance last listed, or all that is known
         while it has not answered yet."""
         listed = self._listed
-        found = self._images.values()
+        found = (image for image in self._images.values() if image.status != GONE)
         return sorted(
             (image for image in found if listed is None or image.id in listed), key=lambda image: image.number
         )
+
+    def gone(self) -> list[Image]:
+        """What Glance has no more and is leased here, in the order of the numbers."""
+        found = (image for image in self._images.values() if image.status == GONE)
+        return sorted(found, key=lambda image: image.number)
 
     def known(self, image: str) -> Image | None:
         """The image, if it is known."""
@@ -204,7 +282,16 @@ class Catalog:
         """Remembers that all of an image was compared with its hash; `condemned`: what was wrong, if it was."""
         known = self._images.get(image)
         if known is not None:
-            self._keep(replace(known, verified=condemned is None, condemned=condemned))
+            self._keep(replace(known, verified=condemned is None, condemned=condemned, origin_changed=None))
+            if condemned is not None:
+                self.on_condemned(known)
+
+    def learn_changed(self, image: str, offset: int) -> None:
+        """Remembers that other bytes came than were verified; nobody got them. What is here is still right."""
+        known = self._images.get(image)
+        if known is not None and known.origin_changed is None:
+            said = f"what Glance gives for offset {offset} is not what was verified"
+            self._keep(replace(known, origin_changed=said))
 
     def learn_loss(self, image: str) -> None:
         """Something of the image is not here any more: what comes in its place was not compared."""
@@ -217,30 +304,40 @@ class Catalog:
     async def lookup(self, image: str) -> Image:
         """The image, asked for only when it is not known. Raises NoEntry, or OriginError when Glance cannot
         say whether there is one."""
-        found = self._images.get(image)
+        found = self._there(image)
         if found is not None:
             return found
         if trio.current_time() < self._unknown_until_s.get(image, 0.0):
             raise NoEntry(image)
         await self._ask(image, lambda: self._ask_one(image), UNKNOWN_WAIT_S)
-        found = self._images.get(image)
+        found = self._there(image)
         if found is None:
             raise NoEntry(image)
         return found
 
+    def _there(self, image: str) -> Image | None:
+        """The image, if it is known, and not only to those who have it open."""
+        found = self._images.get(image)
+        if found is None or found.status != GONE or self.claims.keeps(image):
+            return found
+        if not self.claims.leased(image):
+            self._let_go(found)
+        return None
+
     async def openable(self, image: str) -> Image:
         """The image, if it may be opened now: looked at anew when that was long ago and Glance is well. Raises
-        NoEntry when it is gone, NotPermitted when it is deactivated."""
+        NoEntry when it is gone, unless a lease keeps it; NotPermitted when it is deactivated, unless an instance
+        stands on it."""
         now = trio.current_time()
         stale = now >= self._checked_s.get(image, -float("inf")) + self._listing_ttl_s
         if image in self._images and stale and now >= self._unwell_until_s:
             try:
                 await self._ask(image, lambda: self._ask_one(image), OPEN_WAIT_S)
             except OriginError as error:
-                log.debug("[image %s] taken as known: %s", image, error)
+                log.debug("taken as known: %s", error, image=image)
         found = await self.lookup(image)
-        if found.status != "active":
-            raise NotPermitted(f"image {image} is {found.status}")
+        if found.status not in ("active", GONE) and not self.claims.started(image):
+            raise NotPermitted(image, f"is {found.status}")
         return found
 
     async def listing(self) -> list[Image]:
@@ -252,6 +349,17 @@ class Catalog:
             except OriginError as error:
                 log.debug("listed as known: %s", error)
         return self.shown()
+
+    async def fresh_listing(self) -> list[Image]:
+        """The same for who would rather know nothing than something old. Raises OriginError when Glance does not
+        answer in `FRESH_WAIT_S`."""
+        if trio.current_time() >= self._listed_s + self._listing_ttl_s:
+            await self._ask("", self._ask_all, FRESH_WAIT_S)
+        return self.shown()
+
+    def origin_is_well(self) -> None:
+        """Somebody answers again: known images may be asked for at once."""
+        self._unwell_until_s = -float("inf")
 
     async def _ask(self, key: str, ask: Callable[[], Awaitable[None]], wait_s: float) -> None:
         """Waits for the answer to a question that is put once however many wait for it."""
@@ -304,14 +412,49 @@ class Catalog:
         self._newer.clear()
         answers = await self._registry.images()
         self._unwell_until_s = -float("inf")
-        self._listed_s = trio.current_time()
-        taken = [self._take(answer) for answer in answers if str(answer.get("id")) not in self._newer]
-        listed = {image.id for image in taken if image is not None} | (self._newer & set(self._images))
-        # What is known and was not listed may have gone, or be hidden from this account: asked when opened.
-        for unlisted in set(self._images) - listed:
-            self._checked_s.pop(unlisted, None)
-        self._listed = listed
+        answered_s = trio.current_time()
+        listed = set()
+        for at, answer in enumerate(answers):
+            if at % _TAKEN_AT_ONCE == _TAKEN_AT_ONCE - 1:
+                await trio.lowlevel.checkpoint()
+            if str(answer.get("id")) not in self._newer:
+                image = self._take(answer)
+                if image is not None:
+                    listed.add(image.id)
+        listed |= self._newer & set(self._images)
+        # What is known and was not listed may have gone, or be hidden from this account, or the listing lacks
+        # something. Each is asked for by itself: what is leased soon, the rest when it is opened.
+        unlisted = set(self._images) - listed
+        for image_id_ in unlisted:
+            self._checked_s.pop(image_id_, None)
+        self._listed, self._listed_s = listed, answered_s
         self._links = None
+        if unlisted and self._nursery is not None:
+            self._nursery.start_soon(self._confirm, unlisted)
+
+    async def _confirm(self, unlisted: set[str]) -> None:
+        """Asks for some of those that a listing lacks and that are leased: that one of these ended is to be known
+        before it is opened again. Others are not looked for: they may come back, and are cached."""
+        before_s, known = trio.current_time() - CONFIRM_EVERY_S, self._confirmed_s
+        self._confirmed_s = {image: known[image] for image in unlisted & known.keys()}
+        due: list[tuple[float, str]] = []
+        for at, image in enumerate(unlisted):
+            if at % _TAKEN_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            last_s = self._confirmed_s.get(image, -float("inf"))
+            if last_s <= before_s and self.claims.leased(image):
+                due.append((last_s, image))
+        await self._ask_each([image for _, image in sorted(due)[:CONFIRMED_MAX]])
+
+    async def _ask_each(self, images: list[str]) -> None:
+        for image in images:
+            try:
+                await self._ask(image, partial(self._ask_one, image), UNKNOWN_WAIT_S)
+            except ImageForbidden:
+                pass  # It is there.
+            except OriginError:
+                return  # Another time.
+            self._confirmed_s[image] = trio.current_time()
 
     # ── learning ──
 
@@ -326,24 +469,34 @@ class Catalog:
         if image is None:
             self._remember_unknown(id_)
             return None
+        if known is not None and known.status == GONE and not known.surely_is(image):
+            if self.claims.keeps(id_):
+                log.error("is said to be there again, and no hash says that it is the same", image=id_)
+                return known
+            self._let_go(known)  # Who has it open reads on, and its id means another one from now on.
+            known, image = None, replace(image, number=0)
+            number = 0
         if known is not None:
             if not known.may_be(image):
-                log.error("[image %s] is said to have other bytes than it had: not believed", id_)
+                log.error("is said to have other bytes than it had: not believed", image=id_)
                 return known
+            if known.status == GONE:
+                log.info("Glance has it again", image=id_)
             image = image.with_what_is_known(known)
         if number == 0:
-            image = from_glance(answer, self._store.new_image_number())
-            assert image is not None
-        self._keep(image)
+            image = replace(image, number=self._store.new_image_number())
+        if image == known:
+            image = known  # The same object: what others found out of it stands.
+            self._know(known)
+        else:
+            self._keep(image)
         self._checked_s[id_] = trio.current_time()
         self._unknown_until_s.pop(id_, None)
         return image
 
     def _keep(self, image: Image) -> None:
         self._know(image)
-        stored = asdict(image)
-        del stored["id"]
-        self._store.put_image(image.id, stored)
+        self._store.put_image(image.id, image.to_fields())
 
     def _know(self, image: Image) -> None:
         if self._images.get(image.id) != image:
@@ -352,17 +505,41 @@ class Catalog:
         if self._listed is not None:
             self._listed.add(image.id)
 
+    def ended(self, image: str) -> None:
+        """Glance said that there is no such image, to somebody who asked for its bytes."""
+        self._gone(image)
+        if "" in self._asking:
+            self._newer.add(image)
+
     def _gone(self, image: str) -> None:
         self._remember_unknown(image)
-        known = self._images.pop(image, None)
+        known = self._images.get(image)
         if known is None:
             return
-        log.info("[image %s] Glance has it no more", image)
-        del self._by_number[known.number]
+        leased = self.claims.leased(image)
+        if known.status != GONE:
+            log.info("Glance has it no more%s", ": kept while it is leased" if leased else "", image=image)
+        ended = replace(known, status=GONE)
+        if leased:
+            self._keep(ended)
+            self._links = None
+            self._checked_s[image] = trio.current_time()
+        else:
+            self._let_go(ended)
+        if known.status != GONE:
+            self.on_gone(ended)
+
+    def _let_go_of_unleased(self) -> None:
+        for image in self.gone():
+            if not self.claims.leased(image.id):
+                self._let_go(image)
+
+    def _let_go(self, image: Image) -> None:
+        del self._images[image.id], self._by_number[image.number]
         self._links = None
-        self._store.drop_image(image)
-        self._store.end_views(image)
-        self.on_gone(known)
+        self._store.drop_image(image.id)
+        self._store.end_views(image.id)
+        self.on_let_go(image)
 
     def _remember_unknown(self, image: str) -> None:
         if len(self._unknown_until_s) >= NEGATIVES_MAX:

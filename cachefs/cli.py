@@ -7,24 +7,30 @@ damaged, 3 the daemon did not bring it to an end.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cachefs import __version__
-from cachefs.errors import CachefsError
+from cachefs import __version__, answers, waiting
+from cachefs.errors import CachefsError, ConfigError
+from cachefs.shown import print_json, print_rows, print_table
+from cachefs.words import printable, size
 
 if TYPE_CHECKING:
     from cachefs.store.check import Finding
+    from cachefs.trace_cli import Ask
 
 DONE, FAILED, USAGE = 0, 1, 2
 SOUND, REPAIRED, DAMAGED = 0, 1, 2
 UNFINISHED = 3
+
+# An id for the examples of --help.
+_ID = "21dced0f-d203-4786-9b93-710d2b98aae0"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except CachefsError as error:
-        print(f"cachefs: {error}", file=sys.stderr)
+        _say(error)
         return FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit.
@@ -42,62 +48,142 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + 2
 
 
+def _say(what: object) -> None:
+    """One line on stderr."""
+    print(f"cachefs: {printable(str(what))}", file=sys.stderr)
+
+
+# ── What can be said ──────────────────────────────────────────────────────────────────────────────────
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="cachefs", description="Every Glance image, already there.")
+    top = argparse.ArgumentParser(
+        prog="cachefs",
+        description="Every Glance image, already there.",
+        epilog="Examples:\n  cachefs doctor\n  cachefs status\n  cachefs prefetch --wait " + _ID,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action="version", version=f"cachefs {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = partial(_add, commands)
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=about, description=about[:1].upper() + about[1:] + ".")
-        command.set_defaults(run=run)
-        _add_config(command)
-        return command
-
-    mount = add("mount", _mount, "run the node's daemon in the foreground")
+    mount = add("mount", _mount, "run the node's daemon in the foreground", "mount /mnt/cachefs", json=False)
     mount.add_argument("mountpoint", nargs="?", help="where to mount; by default [mount]/mountpoint")
-    for name, run, about in (
-        ("status", _status, "show what the daemon holds and does"),
-        ("images", _images, "list the images"),
-    ):
-        _add_json(add(name, run, about))
-    image = add("image", _image, "show one image in full")
+    add("status", _status, "show what the daemon holds and does", "status")
+    add("images", _images, "list the images, and how much of each is cached", "images --json")
+    image = add("image", _image, "show one image in full", f"image {_ID}")
     image.add_argument("id", metavar="ID")
-    _add_json(image)
+    top_ = add("top", _top, "watch what moves, until q or Ctrl-C", "top --interval 2", json=False)
+    top_.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between two looks")
     for name, run, about in (
         ("pin", _pin, "keep what is cached of images, whatever room is needed"),
         ("unpin", _unpin, "end the pins of images"),
         ("prefetch", _prefetch, "fetch all of images in the background"),
-        ("evict", _evict, "drop what is cached of images; refused while one is open or pinned"),
+        ("evict", _evict, "drop what is cached of images; refused while one is leased"),
     ):
-        command = add(name, run, about)
+        command = add(name, run, about, f"{name} {'--wait ' if name == 'prefetch' else ''}{_ID}")
         command.add_argument("ids", nargs="+", metavar="ID")
-        _add_json(command)
         if name == "prefetch":
             command.add_argument("--wait", action="store_true", help="until all of it is here, with progress")
-    scrub = add("scrub", _scrub, "compare everything that is cached with its digests, in the daemon")
+    precache = add(
+        "precache", _precache, "ask the policies which images to hold, and do what they decide",
+        "precache --dry-run",
+    )  # fmt: skip
+    precache.add_argument("--dry-run", action="store_true", help="only say what they decide, and why")
+    scrub = add(
+        "scrub", _scrub, "compare everything that is cached with its digests, in the daemon", "scrub --wait"
+    )
     scrub.add_argument("--wait", action="store_true", help="until it is done; the exit status says what was found")
-    _add_json(scrub)
-    check = add("check", _check, "verify a store that no daemon has open")
+    check = add("check", _check, "verify a store that no daemon has open", "check --store /var/lib/cachefs")
     check.add_argument("--store", metavar="PATH", help="the store's folder; by default [store]/path")
     check.add_argument("--repair", action="store_true", help="make what is damaged absent, and the rest agree")
-    _add_json(check)
-    config = commands.add_parser("config", help="show or check the configuration")
-    actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
-    sample = actions.add_parser("sample", help="print a commented sample")
-    sample.set_defaults(run=_config_sample)
-    checked = actions.add_parser("check", help="name every unknown option, wrong value and contradiction")
-    _add_config(checked)
-    checked.set_defaults(run=_config_check)
+    doctor = add("doctor", _doctor, "try all that the daemon needs; say what is wrong, how to mend it", "doctor")
+    doctor.add_argument("--timeout", type=_seconds, default=15.0, metavar="S", help="seconds for each check")
+    report = add(
+        "report", _report, "collect what a bug report needs, without secrets",
+        "report -o /tmp/cachefs-report.tar.gz", json=False,
+    )  # fmt: skip
+    report.add_argument(
+        "-o", "--output", default="-", metavar="FILE", help="text, or .tar.gz; standard output by default"
+    )
+    report.add_argument("--timeout", type=_seconds, default=15.0, metavar="S", help="seconds for each part")
+
+    debug = _group(commands, "debug", "look into the daemon")
+    add("tasks", _debug_tasks, "where every task and thread stands, as SIGUSR1 logs it", "debug tasks", into=debug)
+
+    trace = _group(commands, "trace", "list boot traces, or carry them to other nodes")
+    add("list", _trace_list, "what is known of what guests read first", "trace list", into=trace)
+    exported = add(
+        "export", _trace_export, "write the traces of images, or all, into one file",
+        "trace export -o boots.traces", json=False, into=trace,
+    )  # fmt: skip
+    exported.add_argument("ids", nargs="*", metavar="ID", help="images; all traces by default")
+    exported.add_argument("-o", "--output", default="-", metavar="FILE", help="standard output by default")
+    imported = add(
+        "import", _trace_import, "take the traces of such a file, in place of what was known",
+        "trace import boots.traces", into=trace,
+    )  # fmt: skip
+    imported.add_argument("file", metavar="FILE", help="- for standard input")
+
+    config = _group(commands, "config", "show or check the configuration")
+    add(
+        "sample", _config_sample, "print a commented sample", "config sample > /etc/cachefs/cachefs.conf",
+        config=False, json=False, into=config,
+    )  # fmt: skip
+    add(
+        "check", _config_check, "name every unknown option, wrong value and contradiction", "config check",
+        into=config,
+    )  # fmt: skip
+    completion = add(
+        "completion", _completion, "print the completion of a shell",
+        "completion bash > /etc/bash_completion.d/cachefs", config=False, json=False,
+    )  # fmt: skip
+    completion.add_argument("shell", choices=["bash"])
     return top
 
 
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config-file", action="append", default=[], metavar="PATH", help="may be repeated")
-    command.add_argument("--config-dir", action="append", default=[], metavar="PATH", help="all *.conf in it")
+_Commands = argparse._SubParsersAction  # What argparse gives for subcommands has no public name.
 
 
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON")
+def _add(
+    commands: _Commands[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    about: str,
+    example: str,
+    *,
+    config: bool = True,
+    json: bool = True,
+    into: _Commands[argparse.ArgumentParser] | None = None,
+) -> argparse.ArgumentParser:
+    command = (into or commands).add_parser(
+        name,
+        help=about,
+        description=about[:1].upper() + about[1:] + ".",
+        epilog=f"Example:\n  cachefs {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    if config:
+        command.add_argument("--config-file", action="append", default=[], metavar="PATH", help="may be repeated")
+        command.add_argument("--config-dir", action="append", default=[], metavar="PATH", help="all *.conf in it")
+    if json:
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return command
+
+
+def _group(
+    commands: _Commands[argparse.ArgumentParser], name: str, about: str
+) -> _Commands[argparse.ArgumentParser]:
+    group = commands.add_parser(name, help=about, description=about[:1].upper() + about[1:] + ".")
+    return group.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError("from 0.1 to 3600 seconds")
+    return value
 
 
 # ── The daemon ────────────────────────────────────────────────────────────────────────────────────────
@@ -116,75 +202,44 @@ def _mount(arguments: argparse.Namespace) -> int:
 # ── Requests to it ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _ask(arguments: argparse.Namespace, command: str, **operands: Any) -> Any:
+def _asker(arguments: argparse.Namespace) -> Ask:
+    """Puts requests to the daemon of this configuration; of where a daemon without one listens, if there is
+    none."""
     from cachefs import config, control
 
-    loaded = config.load(arguments.config_file, arguments.config_dir, {})
-    return control.ask(loaded.control.socket, command, **operands)
+    try:
+        path = config.load(arguments.config_file, arguments.config_dir, {}).control.socket
+    except ConfigError as error:
+        if error.option != config.DEFAULT_FILE or error.reason != config.NO_FILE:
+            raise
+        path = config.DEFAULT_SOCKET
+        if not os.path.exists(path):
+            raise
+    return partial(control.ask, path)
+
+
+def _ask(arguments: argparse.Namespace, command: str, **operands: Any) -> Any:
+    return _asker(arguments)(command, **operands)
+
+
+def _print_json(value: Any, name: str = "") -> int:
+    print_json(value, name)
+    return DONE
 
 
 def _status(arguments: argparse.Namespace) -> int:
     found = _ask(arguments, "status")
     if arguments.json:
         return _print_json(found)
-    store, reads, fetcher = found["store"], found["reads"], found["fetcher"]
-    rows = [
-        ("mounted on", found["mountpoint"]),
-        ("daemon", f"cachefs {found['version']}, pid {found['pid']}, up {found['uptime']} s"),
-        ("images", f"{found['images']['known']} known, {found['images']['open']} open"),
-        (
-            "store",
-            f"{store['path']}: {size(store['bytes_cached'])} of images in {size(store['bytes_on_disk'])} "
-            f"of {size(store['bytes_limit'])}",
-        ),
-        ("shared", f"{size(store['bytes_shared'])} by deduplication, {size(store['bytes_zero'])} of zeros"),
-        ("reads", f"{reads['hits']} hits, {reads['misses']} misses, {reads['waiting']} waiting"),
-        (
-            "fetched",
-            f"{size(fetcher['bytes_fetched'])} in {fetcher['requests']} requests, {fetcher['flights']} under way",
-        ),
-    ]
-    evictor, scrub, disk = found["evictor"], found["scrub"], store["disk"]
-    evicted = sum(cause["bytes"] for cause in evictor["evicted"].values())
-    rows.append(("evicted", f"{size(evicted)}; {evictor['pinned_images']} images pinned"))
-    rows.append(("scrub", _scrub_words(scrub)))
-    if disk["state"] != "healthy":
-        rows.append(("disk", f"{disk['state']}: {disk['why']}"))
-    if evictor["stuck"]:
-        rows.append(("full", evictor["stuck"]))
-    if store["trouble"]:
-        rows.append(("not kept", f"{size(store['bytes_not_kept'])}: {store['trouble']}"))
-    if found["images"]["glance_trouble"]:
-        rows.append(("Glance", found["images"]["glance_trouble"]))
-    for name, value in rows:
-        print(f"{name + ':':12} {value}")
+    print_rows(answers.status_rows(found))
     return DONE
-
-
-def _scrub_words(scrub: Mapping[str, Any]) -> str:
-    words = scrub["state"] if scrub["share"] is None else f"{scrub['state']}, {scrub['share']:.0%} done"
-    if scrub["ended"]:
-        words += f"; the last ended {time.strftime('%Y-%m-%d %H:%M', time.localtime(scrub['ended']))}"
-    if scrub["rotten"] or scrub["lost"]:
-        words += f"; {scrub['rotten']} chunks rotten, {scrub['lost']} spans lost"
-    return words
 
 
 def _images(arguments: argparse.Namespace) -> int:
     found = _ask(arguments, "images")
     if arguments.json:
-        return _print_json(found)
-    header = ("ID", "NAME", "FORMAT", "SIZE", "CACHED", "STATE")
-    table = [header] + [
-        (
-            row["id"], printable(row["name"] or ""), row["disk_format"] or "", size(row["size"]),
-            size(row["cached"]), row["state"] if row["status"] == "active" else row["status"],
-        )
-        for row in found
-    ]  # fmt: skip
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return _print_json(found, "images")
+    print_table(answers.IMAGES_HEADER, [answers.image_cells(row) for row in found], right=("SIZE", "CACHED"))
     return DONE
 
 
@@ -192,8 +247,14 @@ def _image(arguments: argparse.Namespace) -> int:
     found = _ask(arguments, "image", image=arguments.id)
     if arguments.json:
         return _print_json(found)
-    for name, value in found.items():
-        print(f"{name + ':':18} {'' if value is None else printable(str(value))}")
+    print_rows(answers.image_rows(found))
+    return DONE
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from cachefs import top
+
+    top.run(_asker(arguments), arguments.interval)
     return DONE
 
 
@@ -221,10 +282,10 @@ def _show_told(
     arguments: argparse.Namespace, rows: list[dict[str, Any]], said: Callable[[dict[str, Any]], str]
 ) -> int:
     if arguments.json:
-        _print_json(rows)
+        _print_json(rows, "images")
     for row in rows:
         if row["error"] is not None:
-            print(f"cachefs: {printable(row['error'])}", file=sys.stderr)
+            _say(row["error"])
         elif not arguments.json:
             print(f"{row['id']}: {said(row)}")
     return DONE if all(row["error"] is None for row in rows) else FAILED
@@ -233,15 +294,34 @@ def _show_told(
 def _prefetch(arguments: argparse.Namespace) -> int:
     if not arguments.wait:
         return _tell(arguments, "prefetch", lambda row: f"{size(row['cached'])} of {size(row['size'])} are here")
-    while True:
-        rows = _ask(arguments, "prefetch", images=arguments.ids)
-        here, all_of_it = (sum(row.get(name, 0) for row in rows) for name in ("cached", "size"))
-        over = all(row["error"] is not None or row["cached"] >= row["size"] for row in rows)
-        if sys.stderr.isatty():
-            print(f"\r{size(here)} of {size(all_of_it)}\033[K", end="\n" if over else "", file=sys.stderr)
-        if over:
-            return _show_told(arguments, rows, lambda row: f"{size(row['size'])} are here")
-        time.sleep(1)
+    rows = waiting.prefetched(_asker(arguments), arguments.ids, quiet=arguments.json)
+    return _show_told(arguments, rows, lambda row: f"{size(row['size'])} are here")
+
+
+def _precache(arguments: argparse.Namespace) -> int:
+    ask = _asker(arguments)
+    number = ask("precache", dry_run=arguments.dry_run)["run"]
+    while not (found := ask("precache-run", run=number))["finished"]:
+        time.sleep(0.2)
+    if arguments.json:
+        _print_json(found)
+    elif found["error"] is None:
+        _show_precache(found)
+    if found["error"] is not None:
+        _say(f"nothing changes: {found['error']}")
+    for policy, why in found["failed"].items():
+        _say(f"policy {policy} failed, what it decided last stands: {why}")
+    return FAILED if found["error"] is not None or found["failed"] else DONE
+
+
+def _show_precache(found: Mapping[str, Any]) -> None:
+    print_table(answers.PRECACHE_HEADER, answers.precache_cells(found), right=("SIZE", "TO FETCH"))
+    if found["rows_left_out"]:
+        print(f"and {found['rows_left_out']} more")
+    print(
+        f"{found['held_images']} images held: {size(found['held_bytes'])} of the {size(found['share'])} that "
+        f"they may; {size(found['cost'])} to fetch" + ("; nothing was done" if found["dry_run"] else "")
+    )
 
 
 def _scrub(arguments: argparse.Namespace) -> int:
@@ -249,26 +329,12 @@ def _scrub(arguments: argparse.Namespace) -> int:
         started = _ask(arguments, "scrub")
         return _print_json(started) if arguments.json else DONE
     try:
-        return _wait_for_scrub(arguments)
+        last = waiting.scrubbed(_asker(arguments), quiet=arguments.json)
     except CachefsError as error:
-        print(f"cachefs: {error}", file=sys.stderr)
+        _say(error)
         return UNFINISHED
-
-
-def _wait_for_scrub(arguments: argparse.Namespace) -> int:
-    """Starts a scrub, or joins the one that is under way, and asks each second how far it is: it may take days."""
-    number = _ask(arguments, "scrub")["run"]
-    shows = sys.stderr.isatty() and not arguments.json
-    while (now := _ask(arguments, "scrub-status"))["finished"] < number:
-        if shows:
-            share = "" if now["share"] is None else f"{now['share']:.1%}, "
-            print(f"\r\033[K{share}{size(now['bytes_verified'])}: {now['state']}", end="", file=sys.stderr)
-        time.sleep(1)
-    if shows:
-        print("\r\033[K", end="", file=sys.stderr)
-    last = now["last"]
-    if last is None or last["run"] < number:
-        print("cachefs: the scrub did not come to an end; the daemon's log says why", file=sys.stderr)
+    if last is None:
+        _say("the scrub did not come to an end; the daemon's log says why")
         return UNFINISHED
     if arguments.json:
         _print_json(last)
@@ -283,7 +349,91 @@ def _wait_for_scrub(arguments: argparse.Namespace) -> int:
     return int(last["exit_status"])
 
 
+def _debug_tasks(arguments: argparse.Namespace) -> int:
+    from cachefs import report
+
+    found = _ask(arguments, "debug-tasks")
+    if arguments.json:
+        return _print_json(found)
+    print(report.tasks_text(found))
+    return DONE
+
+
+def _trace_list(arguments: argparse.Namespace) -> int:
+    rows = _ask(arguments, "trace-list")
+    if arguments.json:
+        return _print_json(rows, "traces")
+    print_table(answers.TRACES_HEADER, [answers.trace_cells(row) for row in rows], right=("BYTES", "RUNS"))
+    return DONE
+
+
+def _trace_export(arguments: argparse.Namespace) -> int:
+    from cachefs import trace_cli
+
+    if arguments.output == "-" and sys.stdout.isatty():
+        _say("the file is none to look at: name it with -o")
+        return FAILED
+    data, count, lacking = trace_cli.exported(_asker(arguments), arguments.ids)
+    for image in lacking:
+        _say(f"no boot trace of {image} is known")
+    if lacking and not count:
+        return FAILED
+    if arguments.output == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    else:
+        trace_cli.write(arguments.output, data)
+        print(f"{count} boot traces, {size(len(data))}")
+    return FAILED if lacking else DONE
+
+
+def _trace_import(arguments: argparse.Namespace) -> int:
+    from cachefs import trace_cli
+
+    found = trace_cli.imported(_asker(arguments), trace_cli.read(arguments.file))
+    if arguments.json:
+        return _print_json({"imported": len(found), "contents": [named.content for named in found]})
+    print(f"{len(found)} boot traces imported")
+    return DONE
+
+
 # ── Without it ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cachefs import doctor
+
+    _leave_mounts(arguments)
+    found = doctor.examine(arguments.config_file, arguments.config_dir, arguments.timeout)
+    if arguments.json:
+        _print_json(doctor.as_fields(found))
+    else:
+        doctor.show(found)
+    return FAILED if any(row.state == doctor.PROBLEM for row in found) else DONE
+
+
+def _leave_mounts(arguments: argparse.Namespace) -> None:
+    """So that nothing waits for a mount that hangs, because somebody stands in it."""
+    from cachefs import doctor
+
+    arguments.config_file = [os.path.abspath(os.path.expanduser(path)) for path in arguments.config_file]
+    arguments.config_dir = [os.path.abspath(path) for path in arguments.config_dir]
+    doctor.leave_mounts()
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from cachefs import report
+
+    if arguments.output != "-":
+        arguments.output = os.path.abspath(arguments.output)
+    _leave_mounts(arguments)
+    parts = report.collect(arguments.config_file, arguments.config_dir, arguments.timeout)
+    if arguments.output == "-":
+        print(report.as_text(parts), end="")
+    else:
+        report.write(arguments.output, parts)
+        print(f"{arguments.output}: {len(parts)} parts. Look through it before you send it.")
+    return DONE
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -292,7 +442,7 @@ def _check(arguments: argparse.Namespace) -> int:
     except CachefsError as error:
         if not arguments.repair:
             raise
-        print(f"cachefs: {error}", file=sys.stderr)
+        _say(error)
         return DAMAGED  # 1 would say that it was repaired.
 
 
@@ -341,34 +491,25 @@ def _config_check(arguments: argparse.Namespace) -> int:
     from cachefs import config
 
     faults = config.check(arguments.config_file, arguments.config_dir)
+    doubts = config.warnings(arguments.config_file, arguments.config_dir)
+    if arguments.json:
+        rows = [{"option": fault.option, "reason": fault.reason} for fault in faults]
+        _print_json({"sound": not faults, "faults": rows, "warnings": doubts})
+        return FAILED if faults else DONE
     for fault in faults:
         print(fault, file=sys.stderr)
+    for doubt in doubts:
+        print(f"warning: {doubt}", file=sys.stderr)
     if not faults:
         print("the configuration is sound")
     return FAILED if faults else DONE
 
 
-# ── Words ─────────────────────────────────────────────────────────────────────────────────────────────
+def _completion(arguments: argparse.Namespace) -> int:
+    from cachefs import completion
 
-
-def _print_json(value: Any) -> int:
-    print(json.dumps(value, indent=2, sort_keys=True))
+    print(completion.bash(parser()), end="")
     return DONE
-
-
-def size(n: int) -> str:
-    """`n` bytes for people: 1536 → "1.5 KiB"."""
-    value = float(n)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
-def printable(text: str) -> str:
-    """A name that came from elsewhere, with nothing in it that a terminal would obey."""
-    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 if __name__ == "__main__":

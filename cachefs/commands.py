@@ -16,7 +16,7 @@ import trio
 from cachefs.control import Handler
 from cachefs.errors import CachefsError, ControlError, NoEntry
 from cachefs.evictor import Asked, Evictor
-from cachefs.leases import Leases
+from cachefs.leases import SETTLE_MAX_S, Leases
 
 IMAGES_MAX = 1000
 # Shorter than whoever asks waits for an answer. Dropping goes on.
@@ -41,8 +41,9 @@ class SizedView(Protocol):
 
 
 class Commands:
-    """`lookup` gives the image, or raises NoEntry or OriginError; `prefetch` begins to fetch all of it; `flush`
-    returns when what was put into the store is durable."""
+    """`lookup` gives the image, or raises NoEntry or OriginError; `prefetch` begins to fetch all of it,
+    `prefetched` tells how far that is and raises PrefetchEnded when it goes no further; `flush` returns when what
+    was put into the store is durable."""
 
     def __init__(
         self,
@@ -51,19 +52,24 @@ class Commands:
         lookup: Callable[[str], Awaitable[SizedImage]],
         flush: Callable[[], Awaitable[None]],
         prefetch: Callable[[str], Awaitable[SizedView]],
+        prefetched: Callable[[str], SizedView],
     ) -> None:
         self._leases, self._evictor, self._lookup, self._flush = leases, evictor, lookup, flush
-        self._prefetch = prefetch
+        self._prefetch, self._prefetched = prefetch, prefetched
 
     def handlers(self) -> dict[str, Handler]:
         return {"pin": self.pin, "unpin": self.unpin, "evict": self.evict, "prefetch": self.prefetch}
 
     async def prefetch(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """`cached` and `size`: asked again, it tells how far it is."""
-        return await self._each(request, self._begin_prefetch)
+        """`cached` and `size`. With `begun`, it only tells how far it is, or why it ended."""
+        return await self._each(request, self._tell_prefetch if request.get("begun") else self._begin_prefetch)
 
     async def _begin_prefetch(self, image: str) -> dict[str, Any]:
         view = await self._prefetch(image)
+        return {"cached": view.cached, "size": view.size}
+
+    async def _tell_prefetch(self, image: str) -> dict[str, Any]:
+        view = self._prefetched(image)
         return {"cached": view.cached, "size": view.size}
 
     async def pin(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -79,7 +85,10 @@ class Commands:
         background."""
         answers: list[dict[str, Any]] = []
         begun: dict[int, Asked] = {}
-        for at, image in enumerate(_images(request)):
+        images = _images(request)
+        with trio.move_on_after(SETTLE_MAX_S):
+            await self._leases.look()  # A disk may have been made since.
+        for at, image in enumerate(images):
             answers.append({"id": image, "error": None, "spans": 0, "bytes": 0, "done": False})
             try:
                 begun[at] = self._evictor.begin_evicting(_image(image))

@@ -4,16 +4,17 @@ place, never the bytes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import trio
 
+from cachefs import logs
+from cachefs.leisure import Guests
 from cachefs.plan import compaction
 from cachefs.store.content import Store
 from cachefs.store.format import ChunkId, SegmentNo
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 LOOK_S = 60.0
 # A pass looks at every chunk's record.
@@ -24,10 +25,10 @@ BYTES_PER_S = 64 << 20
 
 
 class Compactor:
-    """`run` is its task. `busy` tells whether guests wait, or the disk is not well."""
+    """`run` is its task. While the disk is not well, or one of `guests` waits, nothing is moved."""
 
-    def __init__(self, store: Store, busy: Callable[[], bool]) -> None:
-        self._store, self._busy = store, busy
+    def __init__(self, store: Store, disk_unwell: Callable[[], bool], guests: Guests | None = None) -> None:
+        self._store, self._disk_unwell, self._guests = store, disk_unwell, guests
         self.moved_bytes = self.removed_segments = 0  # Since the start, for `status`.
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -60,11 +61,19 @@ class Compactor:
     async def _move(self, chunks: list[ChunkId], sources: frozenset[SegmentNo]) -> int:
         moved = 0
         for first in range(0, len(chunks), BATCH):
-            while self._busy():  # noqa: ASYNC110  # Nobody could set an event: it is a look at several things.
-                await trio.sleep(1)
+            await self._until_calm()
             began_s = trio.current_time()
             done = await self._store.move(chunks[first : first + BATCH], sources)
             moved += done
             self.moved_bytes += done
             await trio.sleep_until(began_s + done / BYTES_PER_S)
         return moved
+
+    async def _until_calm(self) -> None:
+        while True:
+            if self._disk_unwell():
+                await trio.sleep(1)
+            elif self._guests is not None and self._guests.waiting:
+                await self._guests.until_calm(LOOK_S)
+            else:
+                return

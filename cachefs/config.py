@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import difflib
 import io
+import logging
 import os
 import pwd
+import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -18,24 +21,40 @@ from pathlib import Path, PurePath
 
 from oslo_config import cfg, generator, iniparser
 from oslo_log import log
+from oslo_log.formatters import ContextFormatter
 
 from cachefs import __version__
 from cachefs.errors import ConfigError
+from cachefs.hiding import cloud_files, is_secret, readable_by_all
 from cachefs.option_types import (
+    Address,
+    AddressType,
     Amount,
     AmountType,
     FileModeType,
     Hours,
     HoursType,
     PathType,
+    PolicyOptionType,
+    PolicyType,
     RateType,
+    RegexType,
+    RuleType,
     SecondsType,
     ShareType,
     SpanSizeType,
+    TrustType,
 )
+from cachefs.plan.priorities import Rules
 from cachefs.sources import auth
+from cachefs.words import size
 
 DEFAULT_FILE = "/etc/cachefs/cachefs.conf"
+NO_FILE = "there is no such file: write one (`cachefs config sample` shows how), or name yours with --config-file"
+DEFAULT_SOCKET = "/run/cachefs/control.sock"
+SMALL_STORE = 1 << 30
+
+INSTANCES = "/var/lib/nova/instances"  # Nova's, if nobody says otherwise.
 
 SOCKET_PATH_MAX = 107  # sun_path of unix(7), less its final zero.
 
@@ -85,10 +104,31 @@ class HydrationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceConfig:
+    seconds: float  # 0: nothing is recorded.
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesConfig:
+    folders: tuple[str, ...]
+    interval: float
+    grace: float
+    touch_grace: float
+
+
+@dataclass(frozen=True, slots=True)
 class ScrubConfig:
     interval: float  # 0: only when it is asked for.
     bandwidth: int  # Bytes per second; 0 for no bound.
     hours: Hours | None  # None: at any hour.
+
+
+@dataclass(frozen=True, slots=True)
+class PrecacheConfig:
+    policies: tuple[str, ...]  # None of them: nothing is pre-cached.
+    interval: float
+    share: float  # A fraction of what the store may hold.
+    options: Mapping[str, Mapping[str, str]]  # Of each policy, as text.
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +142,22 @@ class ControlConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricsConfig:
+    listen: Address | None  # None: off.
+
+
+@dataclass(frozen=True, slots=True)
 class LogConfig:
     """oslo.log keeps its own options: it looks at them again whenever it is set up."""
 
     debug: bool
     conf: cfg.ConfigOpts = field(repr=False, compare=False)
+
+    @property
+    def file(self) -> str | None:
+        """The one that is written to, if it is one."""
+        name: str | None = self.conf.log_file
+        return os.path.join(self.conf.log_dir or "", name) if name else None
 
     def start(self) -> None:
         """From here on the root logger does what `[DEFAULT]` says."""
@@ -116,6 +167,45 @@ class LogConfig:
             raise ConfigError("DEFAULT/log_config_append", f"{e.log_config}: {e.err_msg}") from e
         except OSError as e:
             raise ConfigError("DEFAULT/log_file", f"{e.filename}: {e.strerror}") from e
+        threading.excepthook = _log_end_of_thread
+        for handler in logging.getLogger().handlers:
+            if type(handler.formatter) is ContextFormatter:
+                handler.setFormatter(_formatter(self.conf))
+
+
+def _log_end_of_thread(args: threading.ExceptHookArgs) -> None:
+    """As oslo.log does for the main thread: in lines that have their time."""
+    name = args.thread.name if args.thread is not None else "?"
+    error = args.exc_value
+    if error is not None:
+        logging.getLogger("cachefs").critical("unexpected end of the thread %s", name, exc_info=error)
+
+
+class _OnceFormatter(ContextFormatter):
+    """oslo.log's, but for two things. Where a line is written while an exception is handled, it puts that one
+    behind the line as well: ours say themselves what failed. And of what has several lines it leaves all but the
+    first without their time, so that a text from elsewhere could look like a line of ours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = record.levelno
+        if not record.exc_info:
+            record.levelno = min(level, logging.INFO)  # What it goes by; the level's name is another field.
+        try:
+            text = super().format(record)
+        finally:
+            record.levelno = level
+        trace = f"\n{record.exc_text}" if record.exc_text else ""  # That has it on each line.
+        said = text.removesuffix(trace)
+        if "\n" not in said:
+            return text
+        if not hasattr(record, "asctime"):
+            record.asctime = self.formatTime(record, self.datefmt)
+        prefix = self.conf.logging_exception_prefix.replace(" ERROR ", " %(levelname)s ") % vars(record)
+        return said.replace("\n", f"\n{prefix}") + trace
+
+
+def _formatter(conf: cfg.ConfigOpts) -> ContextFormatter:
+    return _OnceFormatter(project="cachefs", version=__version__, datefmt=conf.log_date_format, config=conf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +214,14 @@ class Config:
     store: StoreConfig
     glance: GlanceConfig
     hydration: HydrationConfig
+    leases: LeasesConfig
+    trace: TraceConfig
     scrub: ScrubConfig
+    precache: PrecacheConfig
+    priorities: Rules
     convert: ConvertConfig
     control: ControlConfig
+    metrics: MetricsConfig
     log: LogConfig
 
 
@@ -219,7 +314,8 @@ _OPTIONS: dict[str, list[cfg.Opt]] = {
             "read_timeout",
             SecondsType(0.1, 3600),
             default=20.0,
-            help="How long a connection may be without a byte. Whole answers may take longer.",
+            help="How long a connection may be without a byte, and a body may take for 64 KiB. Whole answers may "
+            "take longer.",
         ),
         cfg.IntOpt(
             "retries",
@@ -260,6 +356,43 @@ _OPTIONS: dict[str, list[cfg.Opt]] = {
         ),
         cfg.IntOpt("concurrency", default=2, min=1, max=16, help="Requests at the same time in the background."),
     ],
+    "trace": [
+        cfg.Opt(
+            "seconds",
+            SecondsType(0, 3600),
+            default=120.0,
+            help="How long after an open it is recorded which parts of an image are read first, so that the next "
+            "guest has them sooner; 0 for never. Traces that are known are used all the same.",
+        ),
+    ],
+    "leases": [
+        cfg.ListOpt(
+            "folders",
+            item_type=PathType(),
+            default=[INSTANCES],
+            help="Folders with the disks of instances. Images of this mount that a qcow2 there has as its backing "
+            "file are never evicted.",
+        ),
+        cfg.Opt(
+            "interval",
+            SecondsType(1, 86400),
+            default=300.0,
+            help="Seconds from the end of one look at those folders to the next. There is one at the start, too, "
+            "and one soon after an image was closed.",
+        ),
+        cfg.Opt(
+            "grace",
+            SecondsType(60, 366 * 86400),
+            default=86400.0,
+            help="How long an image stays leased after the last disk that stood on it is gone.",
+        ),
+        cfg.Opt(
+            "touch_grace",
+            SecondsType(0, 366 * 86400),
+            default=86400.0,
+            help="How long an image stays leased after somebody set the times of its file, as Nova does.",
+        ),
+    ],
     "scrub": [
         cfg.Opt(
             "interval",
@@ -280,6 +413,78 @@ _OPTIONS: dict[str, list[cfg.Opt]] = {
             help="Local hours in which a scrub by interval may work, as in 22-6; any hour if unset.",
         ),
     ],
+    "precache": [
+        cfg.ListOpt(
+            "policies",
+            item_type=PolicyType(),
+            default=[],
+            help="Which policies say what this node should hold, in order of preference: property, name, "
+            "most-used, newest, static, or a plug-in's. None: nothing is pre-cached.",
+        ),
+        cfg.Opt(
+            "interval",
+            SecondsType(60, 30 * 86400),
+            default=3600.0,
+            help="Seconds between two times that they are asked, give or take a tenth. Each costs one listing.",
+        ),
+        cfg.Opt(
+            "share",
+            ShareType(),
+            default="50%",
+            help="What they may hold of what the store may hold, by the whole sizes of images.",
+        ),
+        cfg.ListOpt(
+            "name_patterns",
+            default=[],
+            help="For name: shell patterns of names, as in ubuntu-24.04-*. pin: before one pins what it finds.",
+        ),
+        cfg.IntOpt("most_used_count", default=5, min=1, max=1000, help="For most-used: how many."),
+        cfg.IntOpt("newest_count", default=1, min=1, max=100, help="For newest: how many of each family."),
+        cfg.Opt(
+            "newest_pattern",
+            RegexType(),
+            help="For newest: a regular expression that finds the family in a name, by its group family or its "
+            "first group. If unset, a family is one os_distro on one architecture.",
+        ),
+        cfg.ListOpt(
+            "static_images",
+            default=[],
+            help="For static: ids or names of images. pin: before one pins it.",
+        ),
+        cfg.MultiOpt(
+            "option",
+            item_type=PolicyOptionType(),
+            help="An option of a plug-in's policy, as in POLICY.NAME = VALUE. May be repeated.",
+        ),
+    ],
+    "priorities": [
+        cfg.ListOpt(
+            "critical",
+            item_type=RuleType(),
+            default=[],
+            help="Images that are fetched first and evicted last: owner:ID, tag:TAG, name:PATTERN, id:UUID. Tags "
+            "and names count for images that trust_properties trusts.",
+        ),
+        cfg.ListOpt(
+            "normal",
+            item_type=RuleType(),
+            default=[],
+            help="Images that are neither, whatever low and their properties say.",
+        ),
+        cfg.ListOpt(
+            "low",
+            item_type=RuleType(),
+            default=[],
+            help="Images that are fetched last and evicted first.",
+        ),
+        cfg.ListOpt(
+            "trust_properties",
+            item_type=TrustType(),
+            default=["public"],
+            help="Whose images may say of themselves, by properties, tags and names, that they are critical or "
+            "are to be pre-cached: public (those that everybody sees), owner:ID, all.",
+        ),
+    ],
     "convert": [
         cfg.StrOpt(
             "user",
@@ -292,8 +497,16 @@ _OPTIONS: dict[str, list[cfg.Opt]] = {
         cfg.Opt(
             "socket",
             PathType(),
-            default="/run/cachefs/control.sock",
+            default=DEFAULT_SOCKET,
             help="Unix socket on which the daemon answers the cachefs command.",
+        ),
+    ],
+    "metrics": [
+        cfg.Opt(
+            "listen",
+            AddressType(),
+            default="127.0.0.1:19292",
+            help="Address and port of /metrics, /healthz and /readyz, for whoever can reach it; nothing for off.",
         ),
     ],
 }
@@ -306,10 +519,15 @@ _SECTION_HELP = {
     "(password and v3applicationcredential are shown below; keystoneauth has more), cloud, or "
     "auth_type = none with endpoints.",
     "hydration": "How images come whole, so that instances do not need Glance again.",
+    "trace": "Boot traces: what guests read first of an image.",
+    "leases": "What is kept for instances, running or stopped.",
     "scrub": "When and how fast everything that is cached is compared with its digests.",
+    "precache": "What is fetched before anybody asks for it, and by which policies.",
+    "priorities": "Which images matter most. The rest is normal.",
     "convert": "How the disks of vmdk, vhd, vhdx, vdi and ploop images are read: by qemu-nbd in a sandbox, where "
     "qemu-utils is installed.",
     "control": "How the cachefs command reaches the daemon.",
+    "metrics": "What Prometheus, and whoever else watches the node, can ask over HTTP.",
 }
 
 
@@ -317,6 +535,13 @@ def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
     """For oslo.config's generator: every section but `[DEFAULT]`, which is oslo.log's."""
     shown = {**_OPTIONS, "glance": auth.sample_options() + _OPTIONS["glance"]}
     return [(cfg.OptGroup(section, help=_SECTION_HELP[section]), opts) for section, opts in shown.items()]
+
+
+# What one needs most comes first; oslo.log's many options last.
+_SAMPLE_ORDER = (
+    "glance", "store", "mount", "hydration", "leases", "precache", "priorities", "trace", "scrub", "metrics",
+    "control", "convert", "DEFAULT",
+)  # fmt: skip
 
 
 def _log_options() -> list[cfg.Opt]:
@@ -343,6 +568,52 @@ def check(
     return _read(files, config_dirs, overrides or {})[1]
 
 
+def warnings(files: Sequence[str], config_dirs: Sequence[str] = ()) -> list[str]:
+    """What does not stop a start and is hardly meant, one line each."""
+    faults: list[ConfigError] = []
+    paths = list(_paths(files, config_dirs, faults))
+    found = list(_secrets_for_all(paths))
+    config, faults = _read(files, config_dirs, {})
+    if config is None:
+        return found
+    most = config.store.max_size
+    if not most.is_percent and most.of(0) < SMALL_STORE:
+        found.append(
+            f"store/max_size: {size(most.of(0))} is less than most images have: hardly anything stays cached "
+            "(write 200G for GiB, or 80%)"
+        )
+    if config.glance.auth.verify is False:
+        found.append("glance/insecure: whoever is between this node and Glance can give it other bytes")
+    return found
+
+
+def files_read(files: Sequence[str], config_dirs: Sequence[str] = ()) -> list[str]:
+    """Those that count, in the order in which later ones win; without those that cannot be looked for."""
+    return list(_paths(files, config_dirs, []))
+
+
+def plain_options() -> set[tuple[str, str]]:
+    """(section, name) of those whose values anybody may see."""
+    shown = [(group.name, opt) for group, opts in list_opts() for opt in opts]
+    shown += [("DEFAULT", opt) for opt in _log_options()]
+    return {(section, name) for section, opt in shown if not opt.secret for _, name in _names(section, [opt])} - {
+        ("precache", "option")  # A plug-in's: it may be anything.
+    }
+
+
+def _secrets_for_all(paths: Iterable[str]) -> Iterator[str]:
+    """Files with a secret that everybody may read."""
+    clouds = False
+    for path in paths:
+        names = [line.name for line in _lines(path, []) if line.section == auth.GROUP and line.name is not None]
+        clouds = clouds or "cloud" in names
+        secrets = [name for name in names if is_secret(name)]
+        if secrets and readable_by_all([Path(path)]):
+            yield f"{path}: everybody on this node can read {secrets[0]}: chmod 0600 {path} (0640 for a group)"
+    for file in readable_by_all(cloud_files()) if clouds else ():
+        yield f"{file}: everybody on this node can read its credentials: chmod 0600 {file}"
+
+
 def sample() -> str:
     """A commented file with every option and its default."""
     conf = cfg.ConfigOpts()
@@ -355,7 +626,15 @@ def sample() -> str:
     )
     text = io.StringIO()
     generator.generate(conf, text)
-    return f"# {DEFAULT_FILE}: the configuration of cachefs {__version__}\n\n{text.getvalue()}"
+    parts = re.split(r"^(?=\[\w+\]$)", text.getvalue(), flags=re.MULTILINE)
+    known = {part.partition("]")[0][1:]: part.strip() for part in parts if part.strip()}
+    ordered = [known.pop(section) for section in _SAMPLE_ORDER] + list(known.values())
+    head = (
+        f"# {DEFAULT_FILE}: the configuration of cachefs {__version__}.\n"
+        "# Only [glance] is needed; look at [store] max_size. Mode 0600, or 0640 for the daemon's group: it\n"
+        "# has a secret. `cachefs config check` names what is wrong, `cachefs doctor` tries it.\n"
+    )
+    return "\n\n\n".join([head, *ordered]) + "\n"
 
 
 def _read(
@@ -367,6 +646,8 @@ def _read(
     if faults:  # What else is wrong depends on what could not be read.
         return None, faults
     reading = _Reading(paths, lines, overrides)
+    if not paths and reading.faults:  # They all are one: nobody has said anything yet.
+        reading.faults.insert(0, ConfigError(DEFAULT_FILE, NO_FILE))
     return reading.config(), reading.faults
 
 
@@ -419,6 +700,8 @@ def _lines(path: str, faults: list[ConfigError]) -> list[_Line]:
     try:
         # An empty line at the end, so that the last assignment ends as all others do.
         parser.parse([*Path(path).read_text(encoding="utf-8").split("\n"), ""])
+    except PermissionError as e:
+        faults.append(ConfigError(path, f"cannot be read: {e.strerror} (it may hold a secret: try sudo)"))
     except OSError as e:
         faults.append(ConfigError(path, f"cannot be read: {e.strerror}"))
     except UnicodeDecodeError as e:
@@ -540,10 +823,47 @@ def _contradictions(conf: cfg.ConfigOpts) -> Iterator[ConfigError]:
         yield ConfigError("store/path", f"{store} would lie under the mount itself, {mountpoint}")
     elif PurePath(mountpoint).is_relative_to(store):
         yield ConfigError("mount/mountpoint", f"{mountpoint} would lie inside the store, {store}")
+    for folder in conf.leases.folders:
+        if folder != INSTANCES and PurePath(folder).is_relative_to(mountpoint):
+            yield ConfigError("leases/folders", f"{folder} would lie under the mount itself, {mountpoint}")
     if PurePath(socket).is_relative_to(mountpoint):
         yield ConfigError("control/socket", f"{socket} would lie under the mount itself, {mountpoint}")
     if len(os.fsencode(socket)) > SOCKET_PATH_MAX:
         yield ConfigError("control/socket", f"is longer than the {SOCKET_PATH_MAX} bytes that a socket can have")
+    yield from _policy_contradictions(conf.precache)
+
+
+def _policy_contradictions(precache: cfg.ConfigOpts.GroupAttr) -> Iterator[ConfigError]:
+    for policy, name in (("name", "name_patterns"), ("static", "static_images")):
+        if policy in precache.policies and not precache[name]:
+            yield ConfigError(f"precache/{name}", f"is empty: the policy {policy} would hold nothing")
+    for option in precache.option or ():
+        if option.policy not in precache.policies:
+            yield ConfigError("precache/option", f"{option.policy} is not among the policies")
+        elif option.policy in _OWN_OPTIONS:
+            yield ConfigError("precache/option", f"{option.policy} has options of its own in [precache]")
+
+
+# The options of the policies that come with cachefs, as they are given to them.
+_OWN_OPTIONS: dict[str, dict[str, str]] = {
+    "property": {},
+    "name": {"patterns": "name_patterns"},
+    "most-used": {"count": "most_used_count"},
+    "newest": {"count": "newest_count", "pattern": "newest_pattern"},
+    "static": {"images": "static_images"},
+}
+
+
+def _policy_options(precache: cfg.ConfigOpts.GroupAttr) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {policy: {} for policy in precache.policies}
+    for policy, names in _OWN_OPTIONS.items():
+        for name, option in names.items() if policy in found else ():
+            value = precache[option]
+            if value is not None:
+                found[policy][name] = ", ".join(value) if isinstance(value, list) else str(value)
+    for given in precache.option or ():
+        found[given.policy][given.name] = given.value
+    return found
 
 
 def _config(conf: cfg.ConfigOpts) -> Config:
@@ -583,8 +903,28 @@ def _config(conf: cfg.ConfigOpts) -> Config:
             negative_ttl=glance.negative_ttl,
         ),
         hydration=HydrationConfig(conf.hydration.mode, conf.hydration.bandwidth, conf.hydration.concurrency),
+        trace=TraceConfig(conf.trace.seconds),
+        leases=LeasesConfig(
+            tuple(dict.fromkeys(conf.leases.folders)),
+            conf.leases.interval,
+            conf.leases.grace,
+            conf.leases.touch_grace,
+        ),
         scrub=ScrubConfig(scrub.interval, scrub.bandwidth, scrub.hours),
+        precache=PrecacheConfig(
+            policies=tuple(dict.fromkeys(conf.precache.policies)),
+            interval=conf.precache.interval,
+            share=conf.precache.share,
+            options=_policy_options(conf.precache),
+        ),
+        priorities=Rules(
+            critical=tuple(conf.priorities.critical),
+            normal=tuple(conf.priorities.normal),
+            low=tuple(conf.priorities.low),
+            trust=tuple(conf.priorities.trust_properties),
+        ),
         convert=ConvertConfig(conf.convert.user),
         control=ControlConfig(socket=conf.control.socket),
+        metrics=MetricsConfig(conf.metrics.listen or None),
         log=LogConfig(debug=conf.debug, conf=conf),
     )

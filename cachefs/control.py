@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import socket
 import stat
@@ -18,9 +17,10 @@ from typing import Any
 
 import trio
 
-from cachefs.errors import CachefsError, ControlError
+from cachefs import logs
+from cachefs.errors import CachefsError, ControlError, Refused
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 REQUEST_BYTES_MAX = 1 << 20
 REQUEST_WAIT_S = 30.0
@@ -138,25 +138,36 @@ async def _is_alive(path: str) -> bool:
 # ── The command's side ────────────────────────────────────────────────────────────────────────────────
 
 
-def ask(path: str, command: str, **operands: Any) -> Any:
-    """Puts one request to the daemon that listens at `path`. Raises ControlError with what to do."""
+NOT_RUNNING = (
+    "no daemon answers there: start it (systemctl start cachefs, or cachefs mount), or name the configuration "
+    "that it has (--config-file)"
+)
+NOT_ALLOWED = "only the daemon's user and group may ask it: try sudo, or join its group"
+NO_ANSWER = "the daemon did not answer"
+
+
+def ask(path: str, command: str, *, wait_s: float = ANSWER_WAIT_S, **operands: Any) -> Any:
+    """Puts one request to the daemon that listens at `path`. Raises ControlError with what to do, or Refused with
+    what the daemon says."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(ANSWER_WAIT_S)
+        connection.settimeout(wait_s)
         try:
             connection.connect(path)
             connection.sendall(json.dumps({"command": command, **operands}).encode() + b"\n")
             with connection.makefile("rb") as lines:
                 line = lines.readline()
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise ControlError(path, "no daemon answers there: is it running (cachefs mount)?") from error
+            raise ControlError(path, NOT_RUNNING) from error
         except PermissionError as error:
-            raise ControlError(path, "only the daemon's user and group may ask it") from error
+            raise ControlError(path, NOT_ALLOWED) from error
+        except TimeoutError as error:
+            raise ControlError(path, f"{NO_ANSWER} within {wait_s:.0f} s: its log says more") from error
         except OSError as error:
-            raise ControlError(path, f"the daemon did not answer: {error}") from error
+            raise ControlError(path, f"{NO_ANSWER}: {error.strerror or error}") from error
     try:
         answer = json.loads(line)
     except ValueError as error:
         raise ControlError(path, "the daemon closed the connection without an answer") from error
     if not answer.get("ok"):
-        raise ControlError(path, str(answer.get("error")))
+        raise Refused(str(answer.get("error")))
     return answer["result"]

@@ -7,26 +7,49 @@ them (`again`), because a traceback belongs to one raise.
     CachefsError
     ├── ConfigError            an option is unknown, out of range or contradicts another
     ├── MountError             the mountpoint or /dev/fuse cannot be used
+    ├── ListenError            the address of the metrics cannot be listened at
+    ├── Refused                the daemon said no to a command
     ├── NamespaceError         a name or an operation the tree does not have
     ├── StoreError             the local store cannot be used, or a part of it is not what it should be
     ├── FormatError            an image is refused for what its bytes say
+    ├── TraceRefused           a file of boot traces is not what it should be
     └── OriginError            Glance (or Keystone before it) did not give what was asked for
 """
 
 from __future__ import annotations
 
 import errno
+import re
 from typing import ClassVar, Self
+
+from cachefs.words import size
 
 
 class CachefsError(Exception):
     """Base of all failures. `errno` is what a reader of the mount gets."""
 
     errno: ClassVar[int] = errno.EIO
+    image: str | None = None  # The one that it is about.
 
     def again(self) -> Self:
         """The same failure as a new exception, for one more waiter."""
         return type(self)(*self.args)
+
+
+def word_of(error: BaseException) -> str:
+    """A failure as one word, to count it by: `OriginUnavailable` is `origin_unavailable`; what is none of ours
+    `unexpected`."""
+    if not isinstance(error, CachefsError):
+        return "unexpected"
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
+
+
+def words_of_origin() -> list[str]:
+    """All words that a failure of the origin can have."""
+    kinds: list[type[OriginError]] = [OriginError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    return sorted({re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower() for kind in kinds[1:]})
 
 
 class ConfigError(CachefsError):
@@ -53,6 +76,17 @@ class MountError(CachefsError):
         return f"{self.mountpoint}: {self.reason}"
 
 
+class ListenError(CachefsError):
+    """The address of the metrics cannot be listened at."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    def __str__(self) -> str:
+        return f"metrics/listen: {self.address}: {self.reason}"
+
+
 class ControlError(CachefsError):
     """A control request was refused, or no daemon answers at `where`."""
 
@@ -62,6 +96,17 @@ class ControlError(CachefsError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
+
+
+class Refused(CachefsError):
+    """What the daemon answered in place of a result: in its own words, for people."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 # ── The tree ──────────────────────────────────────────────────────────────────────────────────────────
@@ -75,7 +120,7 @@ class NamespaceError(CachefsError):
         self.what = what
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}: {self.what}"
+        return str(self.what)
 
 
 class NoEntry(NamespaceError):
@@ -83,17 +128,33 @@ class NoEntry(NamespaceError):
 
     errno = errno.ENOENT
 
+    def __str__(self) -> str:
+        if isinstance(self.what, str) and re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", self.what):
+            return (
+                f"there is no image {self.what} that is active and that the daemon's account may see "
+                f"(openstack image show {self.what}; cachefs images)"
+            )
+        return str(self.what)
+
 
 class ReadOnly(NamespaceError):
     """Any change outside `nova/`."""
 
     errno = errno.EROFS
 
+    def __str__(self) -> str:
+        return f"cannot be changed: {self.what}"
+
 
 class NotPermitted(NamespaceError):
     """The image is known and may not be opened (deactivated, or this node's account may not read it)."""
 
     errno = errno.EACCES
+
+    def __init__(self, image: str, reason: str) -> None:
+        super().__init__(f"image {image} {reason}")
+        self.args = image, reason
+        self.image = image
 
 
 # ── The store ─────────────────────────────────────────────────────────────────────────────────────────
@@ -139,6 +200,17 @@ class StoreFull(StoreError):
         return f"no room for {self.wanted} bytes"
 
 
+class PrefetchEnded(StoreError):
+    """An image that was asked for is not whole, and not fetched any more; `reason` says why, for people."""
+
+    def __init__(self, image: str, reason: str) -> None:
+        super().__init__(image, reason)
+        self.image, self.reason = image, reason
+
+    def __str__(self) -> str:
+        return f"image {self.image} is not fetched whole: {self.reason}"
+
+
 class Leased(StoreError):
     """What was to be evicted is not to be; `reasons` says why, for people."""
 
@@ -163,9 +235,10 @@ class PinRefused(StoreError):
         self.image, self.size, self.pinned, self.pinned_max = image, size, pinned, pinned_max
 
     def __str__(self) -> str:
+        left = size(max(self.pinned_max - self.pinned, 0))
         return (
-            f"image {self.image} is not pinned: its {self.size} bytes and the {self.pinned} of those that are "
-            f"would be more than the {self.pinned_max} that pins may claim ([store]/pin_share)"
+            f"image {self.image} is not pinned: it has {size(self.size)}, and pins have {left} left of "
+            f"{size(self.pinned_max)} ([store] pin_share)"
         )
 
 
@@ -219,6 +292,20 @@ class FormatError(CachefsError):
         return f"refused: {self.reason}"
 
 
+class TraceRefused(CachefsError):
+    """A boot trace from elsewhere that nobody could have recorded, or a file that holds none. `reason` is for
+    people, in our own words."""
+
+    errno = errno.EINVAL
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"refused: {self.reason}"
+
+
 # ── The origin ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -228,13 +315,22 @@ class OriginError(CachefsError):
 
     retries_max: ClassVar[int | None] = 0
     pause_s: ClassVar[float] = 0.0
+    image: str
+    requests: str = ""  # The ids of the request that failed, ours and the origin's, as the logs there have them.
 
     def __init__(self, image: str, detail: str = "") -> None:
         super().__init__(image, detail)
         self.image, self.detail = image, detail
 
+    def again(self) -> Self:
+        """See `CachefsError.again`."""
+        more = super().again()
+        more.requests = self.requests
+        return more
+
     def __str__(self) -> str:
-        return f"{type(self).__name__}: image {self.image}" + (f": {self.detail}" if self.detail else "")
+        said = f"{type(self).__name__}: image {self.image}" + (f": {self.detail}" if self.detail else "")
+        return said + (f" ({self.requests})" if self.requests else "")
 
 
 class ImageGone(OriginError):
@@ -257,10 +353,14 @@ class OriginUnauthorized(OriginError):
     pause_s = 1.0
 
 
+class TokenRefused(OriginUnauthorized):
+    """Keystone gave a token, and Glance does not take it."""
+
+
 class OriginUnavailable(OriginError):
     """No connection, a time-out, a 5xx, or a body cut short: the origin is unwell, the image is not."""
 
-    retries_max = None
+    retries_max: ClassVar[int | None] = None
 
 
 class OriginBusy(OriginUnavailable):
@@ -272,10 +372,39 @@ class OriginBusy(OriginUnavailable):
         self.retry_after = retry_after
 
 
+class OriginThrottled(OriginBusy):
+    """429: it is well, and asks for fewer requests."""
+
+
+class NotReached(OriginUnavailable):
+    """There was no connection, so nothing that was asked for can be to blame."""
+
+
+class OriginAway(OriginUnavailable):
+    """Nobody was asked: all endpoints failed before, or the identity service, and are left alone for now."""
+
+
+class IdentityUnavailable(OriginUnavailable):
+    """Keystone gave no token, and not because it refused one: that says nothing of Glance."""
+
+
+class BytesMissing(OriginUnavailable):
+    """Glance has the image, and does not find its bytes."""
+
+
 class OriginLied(OriginError):
     """An answer that contradicts the request or the metadata (Content-Range, length, size): never data."""
 
-    retries_max = None
+    retries_max: ClassVar[int | None] = None
+
+
+class OriginChanged(OriginError):
+    """The block at `offset` came otherwise than it was when all of the image had Glance's hash: never data."""
+
+    def __init__(self, image: str, offset: int) -> None:
+        super().__init__(image, f"what comes for offset {offset} is not what was verified")
+        self.args = (image, offset)
+        self.offset = offset
 
 
 class RangeRefused(OriginError):

@@ -13,15 +13,15 @@ and no failure: it is logged once, and stands in `status` until it is over.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
 import trio
 
+from cachefs import logs
 from cachefs.errors import CachefsError, Leased, StoreError
 from cachefs.leases import LeasedView, Leases
 from cachefs.plan import eviction
@@ -29,7 +29,7 @@ from cachefs.plan.eviction import Priority, Standing, Victim, ViewUse
 from cachefs.store.format import SpanNo, ViewKind, ViewNo
 from cachefs.uses import Uses
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 ROUND_S = 5.0
 PAUSE_S = 5.0  # After a failure of the store.
@@ -107,7 +107,7 @@ class Asked(Evicted):
 
 class Evictor:
     """See the module. `run` is its task. `origin_is_well` says whether what is dropped could be fetched again;
-    `priority_of` what an operator says of an image."""
+    `priority_of` what an operator says of an image; `is_held` whether a policy holds it."""
 
     def __init__(
         self,
@@ -117,13 +117,15 @@ class Evictor:
         watermarks: Watermarks,
         origin_is_well: Callable[[], bool] = lambda: True,
         priority_of: Callable[[str], Priority] = lambda image: Priority.NORMAL,
+        is_held: Callable[[str], bool] = lambda image: False,
     ) -> None:
         self._store, self._uses, self._leases, self._watermarks = store, uses, leases, watermarks
-        self._origin_is_well, self._priority_of = origin_is_well, priority_of
+        self._origin_is_well, self._priority_of, self._is_held = origin_is_well, priority_of, is_held
         self._wake = trio.Event()
         self._wanted = 0
         self._asked: dict[str, Asked] = {}
         self._nursery: trio.Nursery | None = None
+        self.before_asked: Callable[[str], Awaitable[None]] = _nothing  # Whoever fetches an image lets go of it.
         self._plan: deque[Victim] = deque()
         self._planned_came = 0
         self._planned_s = self._searched_s = self._stuck_s = -float("inf")
@@ -162,6 +164,8 @@ class Evictor:
         return {
             "stuck": self.stuck,
             "trouble": self.trouble,
+            "high_watermark": self._watermarks.high,
+            "low_watermark": self._watermarks.low,
             "evicted": {cause.value: asdict(evicted) for cause, evicted in self.evicted.items()},
             "open_handles": self._leases.handles,
             "pinned_images": len(self._leases.pinned),
@@ -176,6 +180,7 @@ class Evictor:
             self._nursery = nursery
             task_status.started()
             await self._uses.ready.wait()
+            await self._leases.ready.wait()
             while True:
                 try:
                     await self._round()
@@ -287,11 +292,13 @@ class Evictor:
             part = self._take(most)
             if part:
                 return part
-        while await self._make_plan():
+        while True:
+            closed = self._leases.just_closed
+            if not await self._make_plan() and not (await self._leases.settle(closed) and await self._plan_anew()):
+                return []
             part = self._take(most)
             if part:
                 return part
-        return []
 
     async def _make_plan(self) -> bool:
         """Whether there are any victims."""
@@ -314,6 +321,7 @@ class Evictor:
                 ended=view.record.kind is ViewKind.ENDED,
                 leased=self._leases.is_leased(view),
                 priority=self._priority_of(view.record.image),
+                held=self._is_held(view.record.image),
             )
             for view in self._store.views()
         ]
@@ -328,9 +336,10 @@ class Evictor:
         leased: dict[ViewNo, bool] = {}
         part: list[tuple[ViewNo, SpanNo]] = []
         while self._plan and len(part) < most:
-            if self._plan[0].standing > Standing.ONCE and self._uses.came != self._planned_came:
+            late = self._plan[0].standing > Standing.ONCE or self._plan[0].held
+            if late and self._uses.came != self._planned_came:
                 break  # What came since the plan was made stands before this.
-            number, span, last_s, _ = self._plan.popleft()
+            number, span, last_s, _, _ = self._plan.popleft()
             if number not in leased:
                 leased[number] = number not in views or self._leases.is_leased(views[number])
             if not leased[number] and self._uses.last_s(number, span) == last_s:
@@ -355,6 +364,8 @@ class Evictor:
     async def _evict_asked(self, asked: Asked) -> None:
         try:
             await self._uses.ready.wait()
+            await self._leases.ready.wait()
+            await self.before_asked(asked.image)
             await self._uses.reconcile()
             self._uses.look()
             views = self._views_of(asked.image)
@@ -370,7 +381,7 @@ class Evictor:
         except OSError as error:
             asked.error = _store_failed(asked.image, error)
         except Exception as error:  # A bug in answering one command is no reason to take the mount down.
-            log.exception("[image %s] unexpected failure of eviction", asked.image)
+            log.exception("unexpected failure of eviction", image=asked.image)
             asked.error = _store_failed(asked.image, error)
         finally:
             del self._asked[asked.image]
@@ -383,6 +394,10 @@ class Evictor:
         reasons = [str(lease) for view in self._views_of(image) for lease in self._leases.of(view)]
         if reasons:
             raise Leased(image, tuple(dict.fromkeys(reasons)))
+
+
+async def _nothing(image: str) -> None:
+    """Nobody fetches it."""
 
 
 def _store_failed(image: str, error: Exception) -> StoreError:

@@ -14,17 +14,28 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
+from cachefs import logs
 from cachefs.arriving import Arriving, FlightSink
 from cachefs.bounds import Bound
-from cachefs.errors import ImageRefused, OriginBusy, OriginError, OriginLied, OriginUnavailable, RangeRefused
+from cachefs.errors import (
+    ImageRefused,
+    OriginAway,
+    OriginBusy,
+    OriginChanged,
+    OriginError,
+    OriginLied,
+    OriginUnavailable,
+    RangeRefused,
+)
 from cachefs.flights import Counts, Flight, Priority, Slab
+from cachefs.leisure import Guests
 from cachefs.plan.extents import Extent, subtract
 from cachefs.plan.windows import Link
 from cachefs.sources import Sink, Source, Timing
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import OriginMode, ViewKind
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 MEMORY_MAX = 64 << 20
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.2, 5.0
@@ -52,6 +63,7 @@ class Fetcher:
         self, source: Source, store: Store, connections: int, retries: int, memory_max: int = MEMORY_MAX
     ) -> None:
         self._source, self._store, self._retries = source, store, retries
+        self._repeats = logs.Repeats(log)
         self._nursery: trio.Nursery | None = None
         self._flights: dict[StoredView, list[Flight]] = {}
         self.link = Link()
@@ -59,7 +71,12 @@ class Fetcher:
         self._slots = Bound(connections, reserved=min(RESERVED_MAX, connections - 1))
         self._translations = Bound(TRANSLATIONS_MAX, reserved=1)
         self.translate: Callable[[Flight, FlightSink], Awaitable[None]] = _no_translation
+        self.rank_of: Callable[[str], int] = lambda image: 1  # Of an image: see `Flight.rank`.
+        self.until_origin_is_well: Callable[[], Awaitable[None]] = trio.sleep_forever
         self._arriving = Arriving(store, memory_max, self.counts, self._forget, self.spawn)
+        self.connections = connections
+        for bound in (self._slots, self._translations):
+            self.share(bound)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled; what is under way then is abandoned."""
@@ -82,6 +99,11 @@ class Fetcher:
     def memory_unkept(self) -> int:
         """The part of it that the store did not take, and that goes when the rest is needed."""
         return self._arriving.unkept
+
+    @property
+    def queued(self) -> int:
+        """Flights that wait for a place of a request."""
+        return self._slots.waiting
 
     def flights(self) -> Iterator[Flight]:
         for flights in self._flights.values():
@@ -109,6 +131,34 @@ class Fetcher:
             self._slots.reorder()
             self._translations.reorder()
             self._arriving.memory.reorder()
+            self._arriving.go_on(flight)
+            for needed in flight.needs:
+                self.hurry(needed)
+
+    def withdraw(self, flight: Flight) -> None:
+        """Nothing of it is wanted any more, unless it has begun, or somebody waits for it."""
+        if not flight.started and not flight.waiting and not flight.whole:
+            flight.extent = Extent(flight.at, flight.at)
+            flight.wake()
+
+    def abandon(self, view: StoredView) -> None:
+        """What is fetched of the view in the background, and nobody waits for, is not kept."""
+        for flight in self._flights.get(view, ()):
+            if flight.priority is Priority.HYDRATION:
+                self.withdraw(flight)
+                flight.unwanted = True
+
+    def is_under_way(self, view: StoredView) -> bool:
+        """Whether anything of the view is, or is here and not in the store."""
+        return view in self._flights
+
+    async def until_one_landed(self, view: StoredView) -> bool:
+        """Returns when the first of the flights that are under way for the view has landed; False, and at once, if
+        there is none."""
+        for flight in self._flights.get(view, ()):
+            await flight.landed.wait()
+            return True
+        return False
 
     def not_under_way(self, view: StoredView, extent: Extent) -> list[Extent]:
         """What of `extent` no flight brings or holds."""
@@ -119,9 +169,23 @@ class Fetcher:
             taken.extend(Extent(slab.start, slab.start + slab.filled) for slab in flight.slabs)
         return subtract(extent, taken)
 
-    def give_way(self, guests_wait: Callable[[], bool]) -> None:
-        """From now on what is fetched in the background stops taking bytes while `guests_wait`."""
-        self._arriving.guests_wait = guests_wait
+    def refused(self, view: StoredView, extent: Extent) -> list[Extent]:
+        """Blocks of `extent` that are not to be asked for now: they came otherwise than they were verified."""
+        return self._arriving.refused(view, extent)
+
+    def give_way(self, guests: Guests, beside_traces: Guests | None = None) -> None:
+        """From now on what is fetched in the background stops taking bytes while one of `guests` waits, unless it
+        holds what is needed for that one: then it comes to its end. What is fetched of boot traces does so for
+        `beside_traces`, guests that wait for something else."""
+        self._arriving.guests, self._arriving.beside_traces = guests, beside_traces
+
+    def narrow(self, width: int) -> None:
+        """So many requests at once, as the origin can bear just now."""
+        self._slots.narrow(width)
+
+    def share(self, bound: Bound) -> None:
+        """Flights of all priorities take of `bound`: see `give_way`."""
+        self._arriving.share(bound)
 
     # ── starting ──
 
@@ -134,6 +198,8 @@ class Fetcher:
     async def _run_alone(work: Callable[..., Awaitable[None]], args: tuple[object, ...]) -> None:
         try:
             await work(*args)
+        except OriginError as error:  # An image that was condemned meanwhile, for one.
+            log.debug("%s: %s", work, error)
         except Exception:  # Nobody waits for it, and nobody is to suffer from it.
             log.exception("unexpected failure of %s", work)
 
@@ -145,6 +211,7 @@ class Fetcher:
             return self._begin(Flight(view, Extent(0, view.size), priority, whole=True))
         for queued in self._flights.get(view, ()):
             mergeable = not queued.started and not queued.whole and queued.priority <= priority
+            mergeable &= queued.traced is (priority is Priority.TRACE)  # A trace is fetched exactly.
             small = extent.end - queued.extent.start <= TOGETHER_MAX
             if mergeable and small and queued.extent.end == extent.start:
                 queued.extent = Extent(queued.extent.start, extent.end)
@@ -153,6 +220,7 @@ class Fetcher:
 
     def _begin(self, flight: Flight) -> Flight:
         assert self._nursery is not None
+        flight.rank = self.rank_of(flight.view.record.image)
         self._flights.setdefault(flight.view, []).append(flight)
         self._nursery.start_soon(self._fly, flight)
         return flight
@@ -163,6 +231,7 @@ class Fetcher:
             flights.remove(flight)
             if not flights:
                 del self._flights[flight.view]
+            flight.landed.set()
 
     # ── flying ──
 
@@ -172,11 +241,12 @@ class Fetcher:
         except OriginError as error:
             flight.error = error
             self.counts.failures += 1
-            said = isinstance(error, ImageRefused)  # When it was found, once for the image.
-            log.log(logging.DEBUG if said else logging.WARNING, "[image %s] %s", flight.view.record.image, error)
+            said = isinstance(error, ImageRefused | OriginChanged | OriginAway)  # Once, when it was found.
+            level = logging.DEBUG if said else logging.WARNING
+            self._repeats.log(level, type(error), "%s", error, image=flight.view.record.image)
         except Exception:  # A bug in one fetch is an error of its readers, not the end of everybody's mount.
             image = flight.view.record.image
-            log.exception("[image %s] unexpected failure of a fetch", image)
+            log.exception("unexpected failure of a fetch", image=image)
             flight.error = OriginUnavailable(image, "unexpected failure of a fetch")
             self.counts.failures += 1
         finally:
@@ -199,16 +269,20 @@ class Fetcher:
             except OriginError as error:
                 tries, best = tries + 1 if flight.at <= best else 1, max(best, flight.at)
                 allowed = self._retries if error.retries_max is None else min(error.retries_max, self._retries)
+                if flight.traced and not flight.waiting:
+                    allowed = 0  # Whoever replays it tries again, but not all of it at once.
                 # A guest would rather wait than see an error: an origin that is away is tried while a reader
                 # waits, which its deadline bounds.
                 patient = isinstance(error, OriginUnavailable) and flight.at == began_at and flight.waiting
                 if tries > allowed and not patient:
                     raise
                 self.counts.retries += 1
-                log.debug("[image %s] %s: trying again", flight.view.record.image, error)
+                log.debug("%s: trying again", error, image=flight.view.record.image)
                 if flight.whole:
                     flight.at = 0  # Who lacks something from here on waits for it, and begins no second stream.
-                await trio.sleep(self._pause_s(tries, error))
+                with trio.move_on_after(self._pause_s(tries, error)):
+                    # Nobody was asked, so it costs nobody anything to go on as soon as somebody may be.
+                    await (self.until_origin_is_well if isinstance(error, OriginAway) else trio.sleep_forever)()
 
     async def _request_in_turn(self, flight: Flight) -> None:
         """One request in a place of its own. Between its tries a flight has none: images that cannot be had would
@@ -230,14 +304,21 @@ class Fetcher:
         await self._translations.take(flight)
         try:
             flight.started = True
-            sink = FlightSink(self._arriving, flight, counted=False)
+            if flight.at >= flight.extent.end:
+                return  # It was withdrawn while it waited.
+            sink = self._arriving.sink(flight, counted=False)
             try:
-                await self.translate(flight, sink)
+                try:
+                    await self.translate(flight, sink)
+                finally:
+                    await sink.settle()
             except trio.Cancelled:
                 sink.leave()
                 raise
             finally:
                 sink.close()
+            if sink.error is not None:
+                raise sink.error
             if sink.at != flight.extent.end:
                 raise OriginLied(
                     flight.view.record.image, f"its disk ended at {sink.at}, not at {flight.extent.end}"
@@ -267,20 +348,25 @@ class Fetcher:
 
     async def _request(self, flight: Flight) -> None:
         view = flight.view
-        sink = FlightSink(self._arriving, flight)
+        sink = self._arriving.sink(flight)
         self.counts.requests += 1
         try:
-            if flight.whole:
-                timing = await self._source.stream(view.record.image, view.size, sink)
-            else:
-                timing = await self._source.fetch(
-                    view.record.image, view.size, Extent(flight.at, flight.extent.end), sink
-                )
+            try:
+                if flight.whole:
+                    timing = await self._source.stream(view.record.image, view.size, sink)
+                else:
+                    timing = await self._source.fetch(
+                        view.record.image, view.size, Extent(flight.at, flight.extent.end), sink
+                    )
+            finally:
+                await sink.settle()
         except trio.Cancelled:
             sink.leave()
             raise
         finally:
             sink.close()
+        if sink.error is not None:
+            raise sink.error
         if sink.at != flight.extent.end:
             raise OriginLied(view.record.image, f"the body ended at {sink.at}, not at {flight.extent.end}")
         self._learn(flight, sink, timing)

@@ -20,7 +20,8 @@ class Priority(IntEnum):
 
     DEMAND = 0
     READAHEAD = 1
-    HYDRATION = 2
+    TRACE = 2
+    HYDRATION = 3
 
 
 @dataclass(eq=False)
@@ -53,10 +54,16 @@ class Flight:
     error: OriginError | None = None
     started: bool = False
     over: bool = False
+    needs: set[Flight] = field(default_factory=set)  # What it is made of, and waits for.
+    unwanted: bool = False  # What comes of it in the background is not to be kept.
+    rank: int = 1  # How important its image is: 0 critical, 1 normal, 2 low.
+    traced: bool = False  # It brings a part of a boot trace, whoever waits for it by now.
     ended: trio.Event = field(default_factory=trio.Event)
+    landed: trio.Event = field(default_factory=trio.Event)  # Over, and the store has or refused all that came.
 
     def __post_init__(self) -> None:
         self.at = self.extent.start
+        self.traced = self.priority is Priority.TRACE
 
     def brings(self, offset: int) -> bool:
         """Whether the byte at `offset` is still to come."""

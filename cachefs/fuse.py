@@ -17,15 +17,18 @@ import stat
 import subprocess
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
 import pyfuse3
 import trio
-from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
+from cachefs import logs
 from cachefs.blocks import Blocks
-from cachefs.catalog import SIZE_MAX, Catalog, Image
+from cachefs.catalog import GONE, SIZE_MAX, Catalog, Image
 from cachefs.config import MountConfig
 from cachefs.errors import (
     CachefsError,
@@ -35,8 +38,10 @@ from cachefs.errors import (
     NoEntry,
     NotPermitted,
     OriginError,
+    word_of,
 )
 from cachefs.guest_disks import PLAIN, GuestDisks
+from cachefs.histogram import MEMORY_S, Timed
 from cachefs.leases import Leases
 from cachefs.namespace import (
     FOLDERS,
@@ -51,13 +56,16 @@ from cachefs.namespace import (
     size_name,
     size_of,
 )
+from cachefs.notices import Notices
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import ViewKind, ViewNo
+from cachefs.touches import File
 from cachefs.views import Buffer, View
 from cachefs.views.resized import ResizedFile
 from cachefs.views.stored import StoredFile
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
+repeats = logs.Repeats(log)
 
 Answer = TypeVar("Answer")
 Args = TypeVarTuple("Args")
@@ -100,8 +108,15 @@ class Filesystem(pyfuse3.Operations):
         self._handles = itertools.count(1)
         self.open_count: Counter[str] = Counter()
         self.on_open: Callable[[StoredView], None] = lambda stored: None
+        self.on_touch: Callable[[str, ViewKind], None] = lambda image, kind: None
+        self.priority_of: Callable[[Image], str] = lambda image: "normal"
+        # What a new handle reads by, in place of the file, until the last is called: see `Traces.opened`.
+        self.recorded: Callable[[StoredView, View, Callable[[], None]], View] = lambda stored, file, done: file
         self.handshake = trio.Event()  # The kernel has said hello, and is answered by the next checkpoint.
         self.hits = 0
+        self.failed_reads: Counter[str] = Counter()  # By the kind of failure.
+        self.timed_hits = Timed(MEMORY_S)
+        self._hits_to_time = 0
 
     def init(self) -> None:
         self.handshake.set()
@@ -120,15 +135,44 @@ class Filesystem(pyfuse3.Operations):
         try:
             return await view.read(off, size)
         except OriginError as error:
+            self.failed_reads[word_of(error)] += 1
             # Whatever the origin says of the image, this file is open: its bytes could not be had.
-            log.debug("read of %d bytes at %d: %s", size, off, error)
+            log.debug("read of %d bytes at %d: %s", size, off, error, image=error.image)
             raise FUSEError(errno.EIO) from None
+        except Exception as error:
+            self.failed_reads[word_of(error)] += 1
+            raise
+
+    def time_hits(self, hits: int) -> None:
+        """The next so many hits are timed. Until then this object's `read`, which pyfuse3 looks up for each
+        request, is another one: so the rest of them pay nothing for it, not even a question."""
+        before, self._hits_to_time = self._hits_to_time, hits
+        if hits and not before:
+            setattr(self, "read", self._read_timed)  # noqa: B010  # To a type checker a method is no variable.
+        elif before and not hits:
+            delattr(self, "read")
+
+    async def _read_timed(self, fh: int, off: int, size: int) -> Any:
+        """`read` once more, with a clock."""
+        began_s = perf_counter()
+        view = self._open[fh].view
+        data = view.read_now(off, size)
+        if data is None:
+            return await _answer(self._read_slowly, view, off, size)
+        self.hits += 1
+        self.timed_hits.seconds.observe(perf_counter() - began_s)
+        self.timed_hits.bytes += len(data)
+        if self._hits_to_time > 1:
+            self._hits_to_time -= 1
+        else:
+            self.time_hits(0)
+        return data
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         return await _answer(self._open_image, inode, flags)
 
     async def _open_image(self, inode: int, flags: int) -> FileInfo:
-        if flags & os.O_ACCMODE != os.O_RDONLY:
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise FUSEError(errno.EROFS)
         node = node_of(inode)
         image_id, size = self._overlay(node) if isinstance(node, Overlay) else (self._image(inode).id, 0)
@@ -153,6 +197,7 @@ class Filesystem(pyfuse3.Operations):
             view = ResizedFile(stored, self._blocks, size)
             leased.append(self._store.view(image.id, ViewKind.RESIZED, size, ViewNo(node.view)).number)
         handle = next(self._handles)
+        view = self.recorded(stored, view, partial(self._read_by, handle, view))
         opened = self._open[handle] = _Opened(inode, view, stored, image, leased)
         self._by_inode.setdefault(inode, []).append(opened)
         for number in leased:
@@ -160,6 +205,14 @@ class Filesystem(pyfuse3.Operations):
         self.open_count[image.id] += 1
         self.on_open(stored)
         return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
+
+    def _read_by(self, handle: int, view: View) -> None:
+        """From now on what the handle reads is read by `view`."""
+        opened = self._open.get(handle)
+        if opened is not None:
+            self._open[handle] = opened._replace(view=view)
+            others = self._by_inode[opened.inode]
+            others[others.index(opened)] = self._open[handle]
 
     async def release(self, fh: int) -> None:
         opened = self._open.pop(fh)
@@ -268,6 +321,7 @@ class Filesystem(pyfuse3.Operations):
             id_, size = self._overlay(node)
             image = self._known(id_)
             self._describe_file(entry, image, size, self._stored(image, Slot.RAW))
+            self._date(entry, id_, File(ViewKind.RESIZED, size))
             entry.st_ino = pyfuse3.InodeT(overlay_inode(node.view))
             return entry
         image = self._image_by_number(node.image_number)
@@ -284,10 +338,12 @@ class Filesystem(pyfuse3.Operations):
                 opened = self._by_inode.get(inode_of(node.slot, node.image_number), ())
                 known = max((one.view.size for one in opened), default=0)
             self._describe_file(entry, image, known, self._stored(image, Slot.RAW))
+            self._date(entry, image.id, File(ViewKind.RAW))
             if image.disk is None:
                 entry.entry_timeout = entry.attr_timeout = 0
         else:
             self._describe_file(entry, image, image.size, self._stored(image))
+            self._date(entry, image.id, File(ViewKind.ORIGINAL))
         entry.st_ino = pyfuse3.InodeT(inode_of(node.slot, node.image_number))
         return entry
 
@@ -309,11 +365,54 @@ class Filesystem(pyfuse3.Operations):
         if stored is None or not stored.complete:
             entry.attr_timeout = ATTR_TIMEOUT_PARTIAL_S
 
+    def _date(self, entry: EntryAttributes, image: str, file: File) -> None:
+        """Times that somebody gave this file. Not those of another of the image: a file whose time of modification
+        is another one has its pages dropped by the kernel."""
+        touch = self._leases.touches.of(image, file)
+        if touch is not None:
+            entry.st_atime_ns, entry.st_mtime_ns = touch.atime_ns, touch.mtime_ns
+
     async def readlink(self, inode: int, ctx: RequestContext) -> Any:
         return await _answer(self._readlink, inode)
 
     async def _readlink(self, inode: int) -> bytes:
         return _target(self._image(inode, Slot.LINK))
+
+    # ── changes ──
+
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        """The times of a file can be set: whoever does so is about to need it. The kernel has looked who may."""
+        if fields.update_mode or fields.update_uid or fields.update_gid or fields.update_size:
+            raise FUSEError(errno.EROFS)
+        atime_ns = attr.st_atime_ns if fields.update_atime else None
+        mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
+        return await _answer(self._touch, inode, atime_ns, mtime_ns)
+
+    async def _touch(self, inode: int, atime_ns: int | None, mtime_ns: int | None) -> EntryAttributes:
+        found, node = self._file(inode), node_of(inode)
+        if found is None:
+            raise FUSEError(errno.EROFS)
+        image, slot = found
+        if isinstance(node, Overlay):
+            file = File(ViewKind.RESIZED, self._overlay(node)[1])
+        else:
+            file = File(ViewKind.RAW if slot is Slot.RAW else ViewKind.ORIGINAL)
+        if atime_ns is not None or mtime_ns is not None:
+            before = await self._getattr(inode)
+            atime_ns = before.st_atime_ns if atime_ns is None else atime_ns
+            mtime_ns = before.st_mtime_ns if mtime_ns is None else mtime_ns
+            self._leases.touch(image.id, file, atime_ns, mtime_ns)
+            self.on_touch(image.id, file.kind)
+        return await self._getattr(inode)
+
+    async def _read_only(self, *what: Any, **named: Any) -> Any:
+        """The mount is not read-only to the kernel, which would keep touches from us."""
+        raise FUSEError(errno.EROFS)
+
+    create = mknod = mkdir = symlink = link = _read_only
+    unlink = rmdir = rename = setxattr = removexattr = _read_only
 
     # ── folders ──
 
@@ -406,6 +505,7 @@ class Filesystem(pyfuse3.Operations):
             "cached_bytes": str(stored.cached if stored else 0),
             "in_use": "1" if self.open_count[image.id] else "0",
             "pinned": "1" if self._leases.pin_of(image.id) else "0",
+            "priority": self.priority_of(image),
         }
         if image.disk is not None and image.disk.refused is not None:
             found["refused"] = image.disk.refused
@@ -413,6 +513,14 @@ class Filesystem(pyfuse3.Operations):
         return found
 
     # ── what stands behind an inode ──
+
+    def inodes_of(self, image: Image) -> list[int]:
+        """Of the image's own file, of its disk, and of those of other sizes."""
+        overlays = {view.number for view in self._store.resized_views(image.id)}
+        overlays |= {ViewNo(node.view) for node in map(node_of, self._by_inode) if isinstance(node, Overlay)}
+        return [inode_of(slot, image.number) for slot in (Slot.ORIGINAL, Slot.RAW)] + [
+            overlay_inode(number) for number in overlays
+        ]
 
     def _image(self, inode: int, slot: Slot | None = None) -> Image:
         node = node_of(inode)
@@ -440,14 +548,22 @@ class Filesystem(pyfuse3.Operations):
 
 
 def state_of(stored: StoredView | None, image: Image) -> str:
-    """`absent`, `partial`, `complete`, `verified` or `condemned`."""
+    """`absent`, `partial`, `complete`, `verified`, `condemned` or `gone`."""
     if image.condemned is not None:
         return "condemned"
-    if image.verified and stored is not None and stored.complete and stored.record.kind is ViewKind.ORIGINAL:
+    if image.status == GONE:
+        return GONE
+    if stored is not None and stored.complete and _is_verified(stored, image):
         return "verified"
     if image.size == 0 or (stored is not None and stored.complete):
         return "complete"
     return "partial" if stored is not None and stored.cached else "absent"
+
+
+def _is_verified(stored: StoredView, image: Image) -> bool:
+    if stored.record.kind is ViewKind.ORIGINAL:
+        return image.verified
+    return stored.record.kind is ViewKind.RAW and image.disk is not None and image.disk.verified
 
 
 class _Opened(NamedTuple):
@@ -475,15 +591,13 @@ async def _answer(work: Callable[[*Args], Awaitable[Answer]], *args: *Args) -> A
         return await work(*args)
     except FUSEError:
         raise
-    except ImageRefused as error:
-        log.debug("%s", error)  # Said once, when it was found.
-        raise FUSEError(error.errno) from None
-    except NotPermitted as error:
-        log.info("%s", error)
+    except NoEntry as error:
         raise FUSEError(error.errno) from None
     except CachefsError as error:
-        if not isinstance(error, NoEntry):
-            log.warning("%s", error)
+        # They come as often as somebody tries. What an image is refused for was said when that was found.
+        level = logging.INFO if isinstance(error, NotPermitted) else logging.WARNING
+        level = logging.DEBUG if isinstance(error, ImageRefused) else level
+        repeats.log(level, type(error), "%s", error, image=error.image)
         raise FUSEError(error.errno) from None
     except Exception:  # One net, and only here: a bug must not take the mount down with it.
         log.exception("unexpected failure of %s%r", work, args)
@@ -501,11 +615,12 @@ class Mount:
         self.mountpoint = os.path.abspath(config.mountpoint)
         self._allow_other = config.allow_other
         self._mounted = False
+        self._notices = Notices()
 
     def open(self) -> None:
         """Mounts. Raises MountError with what is to be done."""
         prepare_mountpoint(self.mountpoint)
-        options = {"fsname=cachefs", "subtype=cachefs", "default_permissions", "ro"}
+        options = {"fsname=cachefs", "subtype=cachefs", "default_permissions"}
         if self._allow_other:
             options.add("allow_other")
         try:
@@ -528,18 +643,33 @@ class Mount:
         """Answers the kernel until it unmounts or the caller cancels."""
         await pyfuse3.main(max_tasks=TASKS_MAX)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is mounted and can be used."""
+        return self._mounted and self._filesystem.handshake.is_set()
+
     def forget(self, image: Image) -> None:
-        """Has the kernel look the image's name up again."""
+        """What was looked up of the image is not to be found by its names any more."""
         self._filesystem.end_sizes(image.id)
+        self.withdraw(image)
+
+    def withdraw(self, image: Image) -> None:
+        """Has the kernel look the image's name up again."""
         if self._mounted:
             name = pyfuse3.FileNameT(image.id.encode())
             for folder in (Folder.IMAGES, Folder.RAW, Folder.RESIZED):
-                pyfuse3.invalidate_entry_async(pyfuse3.InodeT(folder), name, ignore_enoent=True)
+                self._notices.put(partial(pyfuse3.invalidate_entry, pyfuse3.InodeT(folder), name))
+
+    def drop_pages(self, image: Image) -> None:
+        """Nothing of what the kernel keeps of the image is given to anybody any more: who reads asks here."""
+        for inode in self._filesystem.inodes_of(image) if self._mounted else ():
+            self._notices.put(partial(pyfuse3.invalidate_inode, pyfuse3.InodeT(inode)))
 
     def close(self) -> None:
         """Unmounts, lazily where files are open; their readers get an error from now on."""
         if self._mounted:
             self._mounted = False
+            self._notices.close()
             pyfuse3.close(unmount=True)
 
 
@@ -562,6 +692,23 @@ def prepare_mountpoint(mountpoint: str) -> None:
         raise MountError(mountpoint, "is not a folder")
     if os.path.ismount(mountpoint):
         raise MountError(mountpoint, "something is mounted there already")
+
+
+def require_mountpoint(mountpoint: str) -> None:
+    """Raises MountError where nothing is mounted, and nothing could be. What is mounted there, alive or dead, is
+    `prepare_mountpoint`'s: nobody is asked here who may not answer."""
+    if not os.access("/dev/fuse", os.F_OK):
+        raise MountError(mountpoint, "there is no /dev/fuse: load the fuse module (modprobe fuse)")
+    if minor_of(os.path.abspath(mountpoint)) is not None:
+        return
+    try:
+        is_folder = stat.S_ISDIR(os.stat(mountpoint).st_mode)
+    except FileNotFoundError:
+        raise MountError(mountpoint, "no such folder: make it first (mkdir)") from None
+    except OSError as error:
+        raise MountError(mountpoint, f"cannot be used: {error.strerror}") from error
+    if not is_folder:
+        raise MountError(mountpoint, "is not a folder")
 
 
 def _unmount_dead(mountpoint: str) -> None:

@@ -9,7 +9,6 @@ clusters come straight from Glance and are kept once, as the disk's bytes. All o
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -18,12 +17,14 @@ from typing import Protocol
 
 import trio
 
+from cachefs import logs
 from cachefs.arriving import FlightSink
 from cachefs.blocks import Blocks
 from cachefs.catalog import Catalog, Disk, Image
 from cachefs.errors import (
     CachefsError,
     FormatError,
+    ImageCondemned,
     ImageGone,
     ImageRefused,
     NoEntry,
@@ -31,16 +32,20 @@ from cachefs.errors import (
 from cachefs.fetcher import Fetcher
 from cachefs.flights import Flight
 from cachefs.formats.inspection import Inspection, guest_disk_inspection
-from cachefs.formats.qcow2 import Mapping
+from cachefs.formats.qcow2 import Mapping, Need
+from cachefs.formats.qcow2_fetch import reach
 from cachefs.formats.qcow2_header import HEAD_MAX, Header
-from cachefs.plan.extents import Extent
+from cachefs.plan.extents import BLOCK, Extent, floor
 from cachefs.sources import Source
 from cachefs.sources.converted import ConversionRefused, ToolMissing
 from cachefs.store.content import Store, StoredView
-from cachefs.store.format import ViewKind
+from cachefs.store.format import ViewKind, ViewNo
 from cachefs.translation import Inside, Translator
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
+
+# How far one look at the tables goes for a window, in bytes and in clusters: some 0.1 ms of the loop.
+REACH_MAX, REACH_CLUSTERS = 16 << 20, 256
 
 # Images whose tables are kept in memory (4 MiB each at most).
 MAPPINGS_MAX, TABLES_MAX = 16, 4 << 20
@@ -73,9 +78,10 @@ class GuestDisks:
     ) -> None:
         self._catalog, self._store, self._fetcher, self._blocks = catalog, store, fetcher, blocks
         self._converted = converted
-        self._mappings: OrderedDict[tuple[str, int], Mapping] = OrderedDict()
+        self._mappings: OrderedDict[ViewNo, Mapping] = OrderedDict()  # By the view of the file.
         self._looking: dict[str, _Looking] = {}
         self._translator = Translator(store, fetcher, blocks)
+        self.keep_files = self._translator.keep_files
 
     # ── what is inside ──
 
@@ -83,6 +89,8 @@ class GuestDisks:
         """What is known of the disk inside, asked for once. Raises OriginError when that cannot be had now, and
         NoEntry when the image is gone meanwhile. A refused one has a reason and no size."""
         while (disk := (image := self._still(image)).disk) is None:
+            if image.condemned is not None:
+                raise ImageCondemned(image.id, image.condemned)
             await self._look(image.id, partial(self._inspect, image))
         return disk
 
@@ -165,18 +173,22 @@ class GuestDisks:
         if known.disk is not None and known.disk.refused is not None:
             return  # For good.
         if disk.refused is not None:
-            log.warning("[image %s] refused as a disk: %s", image.id, disk.refused)
+            log.warning("refused as a disk: %s", disk.refused, image=image.id)
         self._catalog.learn_disk(image.id, disk)
 
-    def _refuse(self, image: Image, error: FormatError) -> ImageRefused:
+    def refuse(self, image: str, error: FormatError) -> ImageRefused:
         """What was to be translated turned out to lie."""
-        self._learn(image, Disk(refused=error.reason))
-        return ImageRefused(image.id, error.reason)
+        known = self._catalog.known(image)
+        if known is not None:
+            self._learn(known, Disk(refused=error.reason))
+        return ImageRefused(image, error.reason)
 
     def forget(self, image: str) -> None:
-        """The image is gone."""
-        for key in [key for key in self._mappings if key[0] == image]:
-            del self._mappings[key]
+        """The image is gone, and nobody can open it any more."""
+        for number in list(self._mappings):
+            view = self._store.view_by_number(number)
+            if view is None or view.record.image == image:
+                del self._mappings[number]
 
     # ── bytes of the file ──
 
@@ -189,13 +201,38 @@ class GuestDisks:
 
     # ── bytes of the disk ──
 
+    def original_of(self, view: StoredView) -> StoredView | None:
+        """The file that a disk is translated from. None for what is no such disk, or of an image that is gone."""
+        image = self._catalog.known(view.record.image)
+        if image is None or image.disk_format != "qcow2":
+            return None
+        return self._original(image) if self._store.known_view(image.id, ViewKind.RAW) is view else None
+
+    def reach(self, view: StoredView, offset: int, cost: int) -> int:
+        """How many bytes of the view, from `offset` on, cost about `cost` bytes of what Glance has, in whole
+        blocks and at least `cost`: in a qcow2 much is packed, or not even there. As far as its tables are known;
+        whoever reads it meets what is wrong with them."""
+        original = self.original_of(view) if view.record.kind is ViewKind.RAW else None
+        mapping = self._mappings.get(original.number) if original is not None else None
+        if mapping is None:
+            return cost
+        longest = min(REACH_MAX, REACH_CLUSTERS * mapping.header.cluster_size, mapping.header.size - offset)
+        if longest <= cost:
+            return cost
+        try:
+            found = mapping.lookup(offset, longest)
+        except FormatError:
+            return cost
+        return cost if isinstance(found, Need) else max(floor(reach(found, cost), BLOCK), cost)
+
     async def bring(self, flight: Flight, sink: FlightSink) -> None:
         """Gives `sink` the bytes of the disk from `flight.at` to the end of the flight. Raises OriginError."""
         view = flight.view
         image = self._catalog.known(view.record.image)
         if image is None or self._store.known_view(image.id, ViewKind.RAW) is not view:
             raise ImageGone(view.record.image, "what its disk is made of is known no more")
-        if image.disk_format != "qcow2":
+        original = self.original_of(view)
+        if original is None:
             if self._converted is None:
                 raise ImageRefused(image.id, "qemu-utils is not installed")
             try:
@@ -203,23 +240,23 @@ class GuestDisks:
             except ConversionRefused as error:
                 if isinstance(error, ToolMissing):
                     raise
-                raise self._refuse(image, FormatError(error.detail)) from error
+                raise self.refuse(image.id, FormatError(error.detail)) from error
             return
-        original = self._original(image)
         try:
-            mapping = await self._mapping(image, original)
+            mapping = await self.mapping(original)
             if mapping.header.size != view.size:
                 raise FormatError(f"its disk of {view.size} bytes has {mapping.header.size} now")
             await self._translator.translate(Inside(flight, original, mapping), sink)
         except FormatError as error:
-            raise self._refuse(image, error) from error
+            raise self.refuse(view.record.image, error) from error
 
-    async def _mapping(self, image: Image, original: StoredView) -> Mapping:
-        key = image.id, image.number
+    async def mapping(self, original: StoredView) -> Mapping:
+        """The tables of a qcow2, as far as they are known. Raises OriginError, FormatError."""
+        key = original.number
         mapping = self._mappings.get(key)
         if mapping is None:
-            head = await self._exactly(original, Extent(0, min(HEAD_MAX, image.size)))
-            mapping = self._mappings.setdefault(key, Mapping(Header.parse(head, image.size), TABLES_MAX))
+            head = await self._exactly(original, Extent(0, min(HEAD_MAX, original.size)))
+            mapping = self._mappings.setdefault(key, Mapping(Header.parse(head, original.size), TABLES_MAX))
             while len(self._mappings) > MAPPINGS_MAX:
                 self._mappings.popitem(last=False)
         self._mappings.move_to_end(key)

@@ -7,8 +7,11 @@ import os
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from ipaddress import ip_address
 
 from oslo_config import types
+
+from cachefs.plan.priorities import Rule, parse_trust
 
 SPAN_SIZE_MIN, SPAN_SIZE_MAX = 1 << 20, 64 << 20
 
@@ -138,6 +141,40 @@ class FileModeType(_TextType):
         return mode
 
 
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen: an IP address and a port; port 0 is any that is free."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class AddressType(_TextType):
+    """The value is an Address, or an empty text for none."""
+
+    def __init__(self) -> None:
+        super().__init__("IP address and port, as in 127.0.0.1:19292 or [::1]:19292; or nothing")
+
+    def __call__(self, value: str) -> Address | str:
+        if not value.strip():
+            return ""
+        match = re.fullmatch(r"(?:\[([^\]]*)\]|([^:\[\]]*)):(\d{1,5})", value.strip(), re.ASCII)
+        try:
+            if match is None or int(match[3]) > 65535:
+                raise ValueError
+            host = ip_address(match[1] or match[2])
+            if (host.version == 6) != (match[1] is not None):
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"{value!r} is no address to listen at: write 127.0.0.1:19292 or [::1]:19292, or nothing"
+            ) from None
+        return Address(str(host), int(match[3]))
+
+
 class PathType(_TextType):
     def __init__(self) -> None:
         super().__init__("absolute path")
@@ -157,3 +194,67 @@ class SecondsType(types.Float):
         if number is None or math.isnan(number):  # Neither is caught by a bound.
             raise ValueError(f"{value!r} is no time")
         return float(number)
+
+
+class RuleType(_TextType):
+    """Which images have a priority."""
+
+    def __init__(self) -> None:
+        super().__init__("owner:ID, tag:TAG, name:PATTERN or id:UUID")
+
+    def __call__(self, value: str) -> Rule:
+        return Rule.parse(value)
+
+
+class TrustType(_TextType):
+    """Whose word about an image counts."""
+
+    def __init__(self) -> None:
+        super().__init__("public, owner:ID or all")
+
+    def __call__(self, value: str) -> str:
+        return parse_trust(value)
+
+
+class PolicyType(_TextType):
+    """The name of an entry point."""
+
+    def __init__(self) -> None:
+        super().__init__("name of a policy")
+
+    def __call__(self, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", value, re.IGNORECASE | re.ASCII):
+            raise ValueError(f"{value!r} is no name of a policy: letters, digits, _ and -")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOption:
+    """One option of a policy that somebody else wrote."""
+
+    policy: str
+    name: str
+    value: str
+
+
+class PolicyOptionType(_TextType):
+    def __init__(self) -> None:
+        super().__init__("POLICY.NAME = VALUE")
+
+    def __call__(self, value: str) -> PolicyOption:
+        match = re.fullmatch(r"\s*([\w-]+)\.([\w-]+)\s*=(.*)", value, re.ASCII | re.DOTALL)
+        if match is None:
+            raise ValueError(f"{value!r} is no option of a policy: write POLICY.NAME = VALUE")
+        return PolicyOption(match[1], match[2], match[3].strip())
+
+
+class RegexType(_TextType):
+    def __init__(self) -> None:
+        super().__init__("regular expression")
+
+    def __call__(self, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        return value

@@ -26,9 +26,11 @@ from typing import Any, Protocol
 
 import trio
 
+from cachefs import logs
 from cachefs.config import ScrubConfig
 from cachefs.control import Handler
 from cachefs.errors import RecordCorrupt
+from cachefs.leisure import Guests
 from cachefs.plan.scrub import next_start, paid_until, wait_for_hours
 from cachefs.store import scrub as looking
 from cachefs.store.content import StoredView
@@ -47,13 +49,13 @@ from cachefs.store.format import (
 from cachefs.store.index import Index
 from cachefs.store.scrub import BadSpan, ChunkScan, OpenFile, Step, Suspect
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 # A run by interval does not begin, or go on, while a node that has just started boots its instances.
 QUIET_S = 300.0
 SAVE_S = 60.0
 # A run waits so long for guests that wait, and then reads once: they may wait for Glance for hours.
-COURTESY_S, LOOK_S = 5.0, 0.05
+COURTESY_S = 5.0
 RESTED_S = 1.0  # In a longer pause no descriptor is kept.
 GATHER_S = 10.0
 QUARANTINE_TRIES = 4
@@ -108,7 +110,7 @@ async def _fetchable(view: StoredView) -> Fate:
 class Around:
     """What a scrub asks of those around it, and tells them; all on the loop. `fate` may ask Glance."""
 
-    guests_wait: Callable[[], bool] = lambda: False
+    guests: Guests | None = None  # They are given way to.
     disk_unwell: Callable[[], bool] = lambda: False
     note_error: Callable[[OSError], None] = lambda error: None
     fate: Callable[[StoredView], Awaitable[Fate]] = _fetchable
@@ -173,6 +175,7 @@ class Scrubber:
         self._away: dict[ViewNo, set[ChunkId]] = {}  # What waits for Glance.
         self._away_event = trio.Event()
         self._lost: set[tuple[ViewNo, SpanNo]] = set()
+        self._repeats = logs.Repeats(log)
 
     # ── for everybody, on the loop ──
 
@@ -364,7 +367,7 @@ class Scrubber:
 
     async def _take(self, run: Run, scan: ChunkScan, step: Step) -> None:
         for error in step.errors:
-            log.error("a scrub could not read: %s", error)
+            self._repeats.error("read", "a scrub could not read: %s", error)
             self._around.note_error(error)
         if step.errors and self._around.disk_unwell():
             # A disk that fails altogether says nothing of single chunks.
@@ -476,9 +479,10 @@ class Scrubber:
             await self._wait_while(lambda: run.by_interval and self._hours_wait() > 0, 60.0, "its hours", scan)
         if self._around.disk_unwell():
             await self._wait_while(self._around.disk_unwell, AWAY_S, "the disk", scan)
-        if self._around.guests_wait():
-            with trio.move_on_after(COURTESY_S):
-                await self._wait_while(self._around.guests_wait, LOOK_S, "guests")
+        guests = self._around.guests
+        if guests is not None and guests.waiting:
+            self._pause = "guests"
+            await guests.until_calm(COURTESY_S)
             self._pause = ""
 
     async def _wait_while(
@@ -581,6 +585,6 @@ class Scrubber:
         self._note(lost=self._record.lost + 1)
         for extent in span.extents:
             log.error(
-                "[image %s] LOST: %d bytes at %d are rotten, and Glance has the image no more",
-                view.record.image, min(extent.end, view.size) - extent.start, extent.start,
+                "LOST: %d bytes at %d are rotten, and Glance has the image no more",
+                min(extent.end, view.size) - extent.start, extent.start, image=view.record.image,
             )  # fmt: skip

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,13 +21,25 @@ from cachefs.control import Handler
 from cachefs.errors import NoEntry
 from cachefs.evictor import Evictor
 from cachefs.fetcher import Fetcher
-from cachefs.fuse import Filesystem, state_of
+from cachefs.flights import Priority
+from cachefs.fuse import Filesystem, Mount, state_of
+from cachefs.histogram import Counted
 from cachefs.hydrator import Hydrator
+from cachefs.instances import Instances
 from cachefs.leases import Leases
+from cachefs.precache import Precache
+from cachefs.ranks import Ranks
 from cachefs.scrubber import Scrubber
+from cachefs.sources.endpoints import Endpoints
+from cachefs.sources.measured import Measured
 from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
+from cachefs.store.health import State
+from cachefs.traces import Traces
 from cachefs.verifier import Verifier
+
+# Of each kind of what moves: as much as a screen can have.
+ROWS_MAX = 100
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,13 @@ class Parts:
     scrubber: Scrubber
     hydrator: Hydrator
     verifier: Verifier
+    origin: Measured
+    endpoints: Endpoints
+    mount: Mount
+    ranks: Ranks
+    precache: Precache
+    instances: Instances
+    traces: Traces
 
 
 class Status:
@@ -53,47 +73,129 @@ class Status:
         self._store, self._fetcher, self._blocks = parts.store, parts.fetcher, parts.blocks
         self._catalog, self._filesystem, self._leases = parts.catalog, parts.filesystem, parts.leases
         self._evictor, self._scrubber = parts.evictor, parts.scrubber
+        self._instances = parts.instances
         self._hydrator, self._verifier = parts.hydrator, parts.verifier
+        self._origin, self._mount, self._endpoints = parts.origin, parts.mount, parts.endpoints
+        self._ranks, self._precache, self._traces = parts.ranks, parts.precache, parts.traces
         self._began_s = time.monotonic()
 
     def handlers(self) -> dict[str, Handler]:
-        return {"status": self.status, "images": self.images, "image": self.image}
+        return {"status": self.status, "images": self.images, "image": self.image, "flights": self.flights}
 
     async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return self.now() | {"store": await trio.to_thread.run_sync(self._store.totals)}
+
+    def now(self) -> dict[str, Any]:
+        """All of `status` but `store`, which the disk is asked for. On the loop, and no work for it."""
         link, counts = self._fetcher.link, self._fetcher.counts
-        store = await trio.to_thread.run_sync(self._store.totals)
+        flights = Counter(flight.priority for flight in self._fetcher.flights() if not flight.over)
         return {
             "version": __version__,
             "pid": os.getpid(),
             "uptime": int(time.monotonic() - self._began_s),
             "mountpoint": self._mountpoint,
-            "store": store,
+            "ready": self.ready(),
             "evictor": self._evictor.status(),
             "scrub": self._scrubber.status(),
             "hydration": self._hydrator.status(),
-            "verification": self._verifier.status(),
+            "verification": self._verifier.status() | self._store.digests.status(),
+            "precache": self._precache.status(),
+            "traces": self._traces.status(),
             "images": {
                 "known": len(self._catalog),
                 "open": len(self._filesystem.open_count),
                 "glance_trouble": self._catalog.last_error,
             },
-            "reads": {
-                "hits": self._filesystem.hits,
-                "misses": self._blocks.misses,
-                "waiting": self._blocks.waiting,
+            "disk": self._store.health.status(),
+            "leases": self._leases.counts(),
+            "instances": self._instances.status(),
+            "reads": self._reads(),
+            "writer": self._writer(),
+            "origin": {
+                **self._endpoints.status(),
+                "may_ask": self._endpoints.may_ask,
+                "requests": self._requests(),
+                "bytes": dict(self._origin.bytes),
+                "under_way": dict(self._origin.under_way),
             },
             "fetcher": {
                 **asdict(counts),
-                "flights": sum(1 for flight in self._fetcher.flights() if not flight.over),
+                "flights": sum(flights.values()),
+                "flights_by_priority": {one.name.lower(): flights[one] for one in Priority},
+                "queued": self._fetcher.queued,
+                "connections": self._fetcher.connections,
                 "bytes_in_memory": self._fetcher.memory_used,
                 "request_cost_ms": round(link.cost_s * 1000, 1),
+                "request_cost": link.cost_s,
                 "link_bytes_per_second": int(link.rate),
                 "random_window": link.random_window,
             },
         }
 
+    def ready(self) -> dict[str, Any]:
+        """Whether instances can be given disks of this mount, and what is not as it should be. `state` is `ready`,
+        `degraded` (it serves, with `reasons`) or `unready`."""
+        health, is_ready = self._store.health, self._mount.is_ready
+        reasons = [] if is_ready else ["it is not mounted"]
+        if health.state is not State.HEALTHY:
+            reasons.append(f"the store's disk is {health.state.name.lower()}: {health.why}")
+        if self._store.writer.trouble is not None:
+            reasons.append(f"what is fetched is not kept: {self._store.writer.trouble}")
+        if not self._endpoints.may_ask:
+            reasons.append("Glance cannot be asked: what is cached is served")
+        if at_risk := len(self._hydrator.at_risk):
+            reasons.append(f"{at_risk} images that are in use cannot be held whole")
+        state = "unready" if not is_ready else "degraded" if reasons else "ready"
+        return {"is_ready": is_ready, "state": state, "reasons": reasons}
+
+    def _reads(self) -> dict[str, Any]:
+        blocks, filesystem = self._blocks, self._filesystem
+        ways = {"memory": blocks.from_memory, "disk": blocks.from_disk, "miss": blocks.missed}
+        oldest_s = min((reading.since_s for reading in blocks.reading), default=None)
+        return {
+            "hits": filesystem.hits,
+            "misses": blocks.misses,
+            "waiting": blocks.waiting,
+            "waiting_longest": 0.0 if oldest_s is None else round(trio.current_time() - oldest_s, 3),
+            "by_outcome": {"hit": filesystem.hits} | {name: way.seconds.count for name, way in ways.items()},
+            "bytes": {name: way.bytes for name, way in ways.items()},
+            "failed": dict(filesystem.failed_reads),
+            "sampled_bytes": filesystem.timed_hits.bytes,
+        }
+
+    def _writer(self) -> dict[str, Any]:
+        writer = self._store.writer
+        return {
+            "bytes_landed": writer.lander.bytes_landed,
+            "bytes_shared": writer.lander.bytes_shared,
+            "bytes_zero": writer.lander.bytes_zero,
+            "bytes_not_kept": writer.not_kept_bytes,
+            "rotten_chunks_found": writer.lander.rotten_found,
+            "read_errors": self._store.read_errors,
+            "commits": writer.commits,
+            "trouble": writer.trouble,
+        }
+
+    def _requests(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for (asked, outcome), count in self._origin.requests.items():
+            found.setdefault(asked, {})[outcome] = count
+        return found
+
+    def times(self) -> dict[str, dict[tuple[str, ...], Counted]]:
+        """How long things took, as histograms by name and labels."""
+        blocks, origin = self._blocks, self._origin
+        return {
+            "read_hit_seconds": {(): self._filesystem.timed_hits.seconds.now()},
+            "read_wait_seconds": {
+                ("disk",): blocks.from_disk.seconds.now(), ("miss",): blocks.missed.seconds.now(),
+            },
+            "origin_request_seconds": {(asked,): times.now() for asked, times in origin.seconds.items()},
+            "origin_first_byte_seconds": {(asked,): times.now() for asked, times in origin.first_byte.items()},
+        }  # fmt: skip
+
     async def images(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [self._row(image) for image in await self._catalog.listing()]
+        return [self._row(image) for image in [*await self._catalog.listing(), *self._catalog.gone()]]
 
     async def image(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -105,10 +207,49 @@ class Status:
         return {
             **self._row(found),
             **asdict(found),
+            "tags": list(found.tags),
+            "properties": dict(found.properties),
+            "priority_because": self._ranks.ranking(found).why,
+            "held_because": self._precache.why(image),
+            "opens": round(self._precache.opens.of(image), 2),
             "path": f"{self._mountpoint}/images/{image}",
             "origin": stored.record.origin.name.lower() if stored is not None else "unknown",
             "handles": self._filesystem.open_count[image],
-            "leases": [str(lease) for lease in self._leases.of(stored)] if stored is not None else [],
+            "leases": [str(lease) for lease in self._leases.of_image(image)],
+        }
+
+    async def flights(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What moves: `flights` (bytes of the image's file or disk), and the `images` that matter now: those that
+        guests wait for, that are fetched, at risk, or open. At most so many of each as a screen can have."""
+        waiting = Counter(reading.view.record.image for reading in self._blocks.reading)
+        flying = [flight for flight in self._fetcher.flights() if not flight.over]
+        flights = [
+            {
+                "image": flight.view.record.image,
+                "priority": flight.priority.name.lower(),
+                "start": flight.extent.start,
+                "arrived": flight.at - flight.extent.start,
+                "length": flight.extent.length,
+                "started": flight.started,
+                "readers": len(flight.waiting),
+            }
+            for flight in sorted(flying, key=lambda one: one.priority)[:ROWS_MAX]
+        ]
+        fetched, at_risk = (flight.view.record.image for flight in flying), self._hydrator.at_risk
+        matter = [*waiting, *fetched, *at_risk, *list(self._filesystem.open_count)[:ROWS_MAX]]
+        known = [self._catalog.known(image) for image in list(dict.fromkeys(matter))[:ROWS_MAX]]
+        return {
+            "flights": flights,
+            "images": [
+                {
+                    **self._row(image),
+                    "handles": self._filesystem.open_count[image.id],
+                    "waiting": waiting[image.id],
+                    "at_risk": at_risk.get(image.id),
+                }
+                for image in known
+                if image is not None
+            ],
         }
 
     def _row(self, image: Image) -> dict[str, Any]:
@@ -123,4 +264,6 @@ class Status:
             "state": state_of(stored, image),
             "in_use": bool(self._filesystem.open_count[image.id]),
             "pinned": self._leases.pin_of(image.id) is not None,
+            "priority": self._ranks.of(image.id).name.lower(),
+            "held": self._precache.is_held(image.id),
         }

@@ -30,7 +30,7 @@ from cachefs.formats.decompress import decompress
 from cachefs.formats.qcow2 import Compressed, Data, Mapping, Need, Piece, Zero
 from cachefs.formats.qcow2_fetch import Fetch, Placed, Plan, sequential_plan
 from cachefs.formats.qcow2_header import CLUSTER_BITS_MAX, Header
-from cachefs.plan.extents import BLOCK, Extent, ceil, coalesce
+from cachefs.plan.extents import BLOCK, Extent, ceil, coalesce, pieces
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import OriginMode
 
@@ -48,6 +48,8 @@ FETCHES_MAX = 48 << 20
 GAP_MAX = 256 << 10
 # Where a step lies scattered in the file: bytes of one request, and requests at once.
 FETCH_MAX, FETCHES_AT_ONCE = 4 << 20, 4
+# Of a file that is kept, handed on at once.
+PASSED_ON = 256 << 10
 # Clusters that are unpacked in one hop to a thread, in bytes of the disk.
 UNPACK_BATCH, UNPACK_AT_ONCE = 1 << 20, 2
 # Tables that others push out while one waits for its own are asked for again so often.
@@ -127,9 +129,15 @@ class Translator:
     def __init__(self, store: Store, fetcher: Fetcher, blocks: Blocks) -> None:
         self._store, self._fetcher, self._blocks = store, fetcher, blocks
         self._held = Bound(FETCHES_MAX)
+        fetcher.share(self._held)
+        self._is_file_kept: Callable[[StoredView], bool] = lambda original: False
         self._unpacking = trio.CapacityLimiter(UNPACK_AT_ONCE)
         self._flights = 0
         self._rooms: list[mmap.mmap] = []  # Of steps that are over: faulting in new memory takes long.
+
+    def keep_files(self, is_file_kept: Callable[[StoredView], bool]) -> None:
+        """What is fetched of a file `is_file_kept` of is kept as the file's too: all of it will be wanted."""
+        self._is_file_kept = is_file_kept
 
     async def translate(self, inside: Inside, sink: FlightSink) -> None:
         """Gives `sink` the bytes of the disk from `flight.at` to the end of the flight. Raises OriginError, and
@@ -206,7 +214,8 @@ class Translator:
             got: list[tuple[Extent, bytes]] = []
 
             async def bring(extent: Extent, got: list[tuple[Extent, bytes]] = got) -> None:
-                got.append((extent, bytes(await self._blocks.read_just(inside.original, extent))))
+                data = await self._blocks.read_just(inside.original, extent, inside.flight)
+                got.append((extent, bytes(data)))
 
             # Small tables lie close to one another, and come in blocks anyway.
             together = coalesce(found.extents, BLOCK)
@@ -223,14 +232,18 @@ class Translator:
     # ── bytes of the file ──
 
     async def _receive(self, inside: Inside, body: _Body) -> None:
-        """From Glance, and kept as the disk's bytes alone, unless half of them are here or on their way. What is
-        fetched for less than half of it is kept as the file's, so that it is not fetched over and over."""
+        """From Glance, and kept as the disk's bytes alone, unless half of them are here or on their way, or all of
+        the file is being kept. What is fetched for less than half of it is kept as the file's, so that it is not
+        fetched over and over."""
         original, extent = inside.original, body.fetch.extent
         try:
             await self._blocks.load(original, extent)
             absent = original.absent(extent)
             lacking = sum(part.length for gap in absent for part in self._fetcher.not_under_way(original, gap))
             here = original.is_well and lacking <= extent.length // 2
+            # What comes of a file that was verified once is compared there.
+            kept = self._is_file_kept(original) and self._store.writer.trouble is None
+            here = here or kept or self._store.digests.trusted(original)
             if not here and not body.fetch.is_wasteful and original.record.origin is not OriginMode.STREAM:
                 try:
                     await self._fetcher.ask(inside.flight, inside.image, original.size, extent, body)
@@ -238,9 +251,20 @@ class Translator:
                     return
                 except RangeRefused:
                     self._store.set_origin(original, OriginMode.STREAM)
-            body.give(bytes(await self._blocks.read_just(original, extent)))
+            await self._pass_on(inside, body)
         except OriginError as error:
             body.fail(error)
+
+    async def _pass_on(self, inside: Inside, body: _Body) -> None:
+        """From the file's own view: what is absent is asked for as a whole, and handed on as it comes."""
+        original, extent = inside.original, body.fetch.extent
+        await self._blocks.fetch_just(original, extent, inside.flight)
+        # Where blocks are compared, one that is refused costs nobody what lies before it.
+        compared = self._store.digests.trusted(original) and original.absent(extent)
+        for part in pieces(extent, BLOCK if compared else PASSED_ON):
+            data = await self._blocks.read_just(original, part, inside.flight)
+            (await body.room())[: part.length] = data
+            body.arrived(part.length)
 
     # ── bytes of the disk ──
 
@@ -337,7 +361,7 @@ class _Body:
         while self._at < needed and self._error is None:
             self._wanted = min(self._wanted, needed)
             await self._changed.wait()
-        if self._error is not None:
+        if self._at < needed and self._error is not None:
             raise self._error.again()
         return self._data
 
@@ -346,11 +370,6 @@ class _Body:
             self._changed.set()
             self._changed = trio.Event()
             self._wanted = self.fetch.extent.length
-
-    def give(self, data: bytes) -> None:
-        """All of it at once."""
-        self._data, self._at = memoryview(data), self.fetch.extent.length
-        self._wake()
 
     def fail(self, error: OriginError) -> None:
         self._error = error

@@ -14,22 +14,23 @@ that it is touched twice, and from then on the time is that of its last use. So 
 
 from __future__ import annotations
 
-import logging
 import struct
 import time
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Protocol
 
 import trio
 
+from cachefs import logs
 from cachefs.errors import RecordCorrupt
 from cachefs.plan.eviction import Group
 from cachefs.store import format as f
 from cachefs.store.format import USES_SPANS, SpanNo, Table, UseFlag, UsesRecord, ViewNo
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 LOOK_S = 10.0
 # A reader that passes over a span once does so within seconds, whatever number of reads it makes.
@@ -40,10 +41,10 @@ RECONCILE_S = 6 * 3600.0
 # What was used so shortly ago may not be in the index yet.
 SETTLED_S = 600
 
-# A random miss so soon after the image was opened is part of booting from it.
-BOOT_S = 60.0
 # A boot touches up to 900 MiB, counted in spans of 4 MiB (design §4).
 BOOT_BYTES_MAX = 1 << 30
+# All boot sets together may claim this share of what the store may hold.
+BOOT_SHARE = 0.5
 
 _PIECE = 4096  # Spans or so that are worked on between two checkpoints: some 1 ms.
 _SAVE_PIECE = 64  # Groups.
@@ -88,14 +89,19 @@ class UsesStore(Protocol):
 
 class Uses:
     """See the module. `run` is its task; everything else is called on the loop. `clock` gives the seconds since
-    1970. `ready` is set when what was known before and what is here were put together."""
+    1970, `boot_max` what all boot sets together may claim at this moment, in bytes of their spans. `ready` is set
+    when what was known before and what is here were put together."""
 
-    def __init__(self, store: UsesStore, clock: Callable[[], float] = time.time) -> None:
-        self._store, self._clock = store, clock
+    def __init__(
+        self,
+        store: UsesStore,
+        clock: Callable[[], float] = time.time,
+        boot_max: Callable[[], int] = lambda: 1 << 62,
+    ) -> None:
+        self._store, self._clock, self._boot_max = store, clock, boot_max
         self._groups: dict[ViewNo, dict[int, Group]] = {}
         self._changed: set[tuple[ViewNo, int]] = set()
-        self._boot: Counter[ViewNo] = Counter()
-        self._boot_max = max(BOOT_BYTES_MAX // store.span_size, 1)
+        self._boot: dict[ViewNo, set[SpanNo]] = {}  # The one that was set last is the last.
         self.came = 0  # How many spans were seen to come, since the start.
         self.ready = trio.Event()
 
@@ -166,16 +172,32 @@ class Uses:
         while gone:
             self._touch(*gone.popleft(), now_s)
 
-    def note_boot(self, view: ViewNo, span: SpanNo) -> None:
-        """A guest that has just opened the image missed a byte of this span, at random."""
-        if self._boot[view] >= self._boot_max:
-            return
-        group = self._group(view, span)
-        i = span % USES_SPANS
-        if not group.flags[i] & _BOOT:
-            group.flags[i] |= _BOOT
-            self._boot[view] += 1
+    @property
+    def boot_spans_max(self) -> int:
+        """How many spans one boot set may have at this moment."""
+        return max(min(BOOT_BYTES_MAX, self._boot_max()) // self._store.span_size, 1)
+
+    def set_boot(self, view: ViewNo, spans: Iterable[SpanNo]) -> None:
+        """Guests boot from these spans of the view, here or not, and from no others: the first of them, where they
+        are too many. Where all boot sets are too many spans, those that were not set for longest are none."""
+        new = set(islice(spans, self.boot_spans_max))
+        self._set_boot(view, new)
+        most = max(self._boot_max() // self._store.span_size, 1)
+        total = sum(map(len, self._boot.values()))
+        for oldest in list(self._boot)[:-1]:
+            if total <= most:
+                break
+            total -= len(self._boot[oldest])
+            self._set_boot(oldest, set())
+
+    def _set_boot(self, view: ViewNo, new: set[SpanNo]) -> None:
+        old = self._boot.pop(view, set())
+        for span in old ^ new:
+            group = self._group(view, span)
+            group.flags[span % USES_SPANS] ^= _BOOT
             self._changed.add((view, span // USES_SPANS))
+        if new:
+            self._boot[view] = new
 
     def forget(self, view: ViewNo, span: SpanNo) -> tuple[int, int]:
         """The span is about to be evicted: it is as if it had never been here. Returns what `restore` takes."""
@@ -185,7 +207,7 @@ class Uses:
         if was != (0, 0):
             group.last_s[i] = group.flags[i] = 0
             if was[1] & _BOOT:
-                self._boot[view] -= 1
+                self._boot[view].discard(span)
             self._changed.add((view, span // USES_SPANS))
         return was
 
@@ -199,9 +221,9 @@ class Uses:
         i = span % USES_SPANS
         if not group.last_s[i]:
             group.last_s[i] = was[0]
-        if was[1] & _BOOT and not group.flags[i] & _BOOT:
-            self._boot[view] += 1
         group.flags[i] |= was[1]
+        if was[1] & _BOOT:
+            self._boot.setdefault(view, set()).add(SpanNo(span))
 
     def _touch(self, view: ViewNo, span: int, now_s: int) -> None:
         group = self._group(view, span)
@@ -242,7 +264,7 @@ class Uses:
             for number in self._groups.pop(view):
                 self._changed.discard((view, number))
                 self._store.put(Table.USES, f.uses_key(view, number), None)
-            del self._boot[view]
+            self._boot.pop(view, None)
 
     def _save_some(self, most: int) -> bool:
         """Whether there is more."""

@@ -71,6 +71,10 @@ mode = manual
 
 [control]
 socket = {folder}/control.sock
+
+# Another daemon on this machine may have the port.
+[metrics]
+listen =
 """
 
 

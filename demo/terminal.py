@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from cachefs.cli import size
+from cachefs.words import size
 
 _WIDTH_MAX, _WIDTH_MIN = 100, 60
 _INDENT = "    "

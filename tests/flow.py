@@ -25,7 +25,7 @@ from typing import Any, Protocol, cast
 from uuid import UUID
 
 import trio
-from trio.testing import MockClock, active_thread_count, wait_all_tasks_blocked, wait_all_threads_completed
+from trio.testing import MockClock, active_thread_count, wait_all_tasks_blocked
 
 from cachefs.blocks import Blocks
 from cachefs.errors import OriginError, OriginUnavailable, RangeRefused
@@ -47,6 +47,9 @@ KIB, MIB = 1 << 10, 1 << 20
 OVERSHOOT_S = 1e-7
 # No test takes a tenth of it; one that takes it goes round in circles.
 REAL_S_MAX = 60
+
+# So often it is looked, in real time, whether threads are at work.
+BUSY_LOOK_S = 0.0002
 
 _quiet: trio.lowlevel.RunVar[list[trio.Event]] = trio.lowlevel.RunVar("quiet")
 
@@ -94,8 +97,9 @@ async def _keep_time(clock: MockClock) -> None:
     lateness = random.Random(0)
     while True:
         await wait_all_tasks_blocked()
-        if active_thread_count():
-            await wait_all_threads_completed()
+        if _threads_at_work():
+            # Until one ends, or waits for this loop.
+            await wait_all_tasks_blocked(BUSY_LOOK_S)
             continue
         waiting = _quiet.get()
         if waiting:
@@ -106,6 +110,21 @@ async def _keep_time(clock: MockClock) -> None:
         due_s = trio.lowlevel.current_statistics().seconds_to_next_deadline
         assert due_s != math.inf, "everybody waits, and nothing is due"
         clock.jump(max(due_s, 0.0) + OVERSHOOT_S * lateness.random())
+
+
+def nap(seconds: float) -> None:
+    """In a thread of `to_thread`: sleeps in virtual time. Raises as `from_thread.run` does when the test ends."""
+    trio.from_thread.run(trio.sleep, seconds)
+
+
+def _threads_at_work() -> int:
+    """How many do not wait for this loop. (Those begun with `abandon_on_cancel` wait by tasks of the system.)"""
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    tasks = (task for nursery in root.child_nurseries for task in nursery.child_tasks)
+    waiting = sum(getattr(task.coro, "__qualname__", "") == "Run.run_system" for task in tasks)
+    at_work: int = active_thread_count() - waiting
+    return at_work
 
 
 async def quiet() -> None:
@@ -414,7 +433,8 @@ class Watch(trio.abc.Instrument):
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         slabs = (slab for flight in self._fetcher.flights() for slab in flight.slabs)
-        held = sum(len(cast(bytearray, slab.data.obj)) for slab in slabs)
+        places = {id(slab.data.obj): len(cast(bytearray, slab.data.obj)) for slab in slabs}  # Some were split.
+        held = sum(places.values())
         used = self._fetcher.memory_used
         self.memory_max = max(self.memory_max, used)
         self.uncounted_bytes = max(self.uncounted_bytes, held - used)

@@ -111,7 +111,11 @@ class Node:
             "glance": access | {**(glance or {})},
             # What is fetched is what is asked for, unless the test is about the rest.
             "hydration": {"mode": "manual"},
+            # Not those of this machine.
+            "leases": {"folders": folder / "instances"},
             "control": {"socket": self.socket},
+            # There are others on this machine: a test of the metrics takes a port that is free.
+            "metrics": {"listen": ""},
         }
         self._wrapper = list(wrapper)
         self._process: subprocess.Popen[bytes] | None = None
@@ -285,7 +289,7 @@ class Node:
     def mounted(self) -> bool:
         return mounts_at(self.mountpoint) > 0
 
-    def ask(self, command: str, **operands: object) -> Any:
+    def ask(self, command: str, **operands: Any) -> Any:
         """One request over the control socket."""
         return control.ask(str(self.socket), command, **operands)
 

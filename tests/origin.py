@@ -873,7 +873,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if reply.status != 204:
             self.send_header("Content-Length", str(reply.length - reply.undeclared))
-        self.send_header("X-Openstack-Request-Id", f"req-{request.number}")
+        if "X-Openstack-Request-Id" not in reply.headers:
+            self.send_header("X-Openstack-Request-Id", f"req-00000000-0000-4000-8000-{request.number:012x}")
         self.server.origin.move(request, status=reply.status)
         self.end_headers()
 

@@ -30,7 +30,7 @@ from cachefs.store.format import Punch, SegmentNo, SpanNo, ViewKind, ViewNo
 from cachefs.store.health import Health
 from cachefs.store.index import MAP_SIZE_FIRST, Index, Snapshot, WriteSet
 from cachefs.store.recover import Opened, open_store
-from cachefs.store.segments import Segments
+from cachefs.store.segments import CutShort, Segments
 from tests.xxh3_twin import twin
 
 HUNT = int(os.environ.get("CACHEFS_HUNT", "1"))
@@ -304,6 +304,9 @@ class Edges:
     on_pass: Callable[[Edge], None] = lambda edge: None
     on_read: Callable[[SegmentNo, int], None] = lambda segment, offset: None
     on_look_up: Callable[[], None] = lambda: None
+    # Sectors that the disk does not give any more, as places of segments; and where it was asked for one.
+    bad: list[tuple[SegmentNo, Extent]] = field(default_factory=list)
+    met_bad: list[int] = field(default_factory=list)
     _armed: list[tuple[frozenset[Edge], int, Fate]] = field(default_factory=list)
 
     @property
@@ -426,11 +429,23 @@ class _EdgedSegments(Segments):
 
     def read(self, segment: SegmentNo, offset: int, length: int) -> bytes:
         self._edges.on_read(segment, offset)
+        if self._good_until(segment, offset, length) < offset + length:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         return super().read(segment, offset, length)
 
     def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> int:
         self._edges.on_read(segment, offset)
-        return super().read_into(segment, offset, buffer)
+        good = self._good_until(segment, offset, len(buffer)) - offset
+        got = super().read_into(segment, offset, buffer[:good])
+        if good < len(buffer):
+            raise CutShort(got, OSError(errno.EIO, os.strerror(errno.EIO)))
+        return got
+
+    def _good_until(self, segment: SegmentNo, offset: int, length: int) -> int:
+        wanted = Extent(offset, offset + length)
+        met = [max(e.start, offset) for s, e in self._edges.bad if s == segment and e.meets(wanted)]
+        self._edges.met_bad.extend(met[:1])
+        return min(met, default=wanted.end)
 
     def sync(self, appended: Iterable[SegmentNo], *, created: bool) -> None:
         segments = set(appended)

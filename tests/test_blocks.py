@@ -17,6 +17,8 @@ from cachefs.errors import ImageGone, OriginError, OriginLied, OriginUnavailable
 from cachefs.plan.extents import BLOCK, Extent, ceil
 from cachefs.plan.windows import EQUAL_COSTS, RANDOM_FIRST, RANDOM_MAX, SEQUENTIAL_MAX
 from cachefs.store.content import Limits
+from cachefs.store.format import SegmentNo
+from cachefs.store.health import State
 from tests.flow import (
     KIB,
     MIB,
@@ -621,3 +623,21 @@ async def test_readers_while_commits_fail_now_and_then(tmp_path: Path) -> None:
         async with trio.open_nursery() as readers:
             for n in range(6):
                 readers.start_soon(in_order, way.open(1, SIZE), SIZE, 200_000 + n, 0.05 * n)
+
+
+@virtual_time
+async def test_a_place_that_the_disk_does_not_give_is_fetched_and_nothing_else_is(tmp_path: Path) -> None:
+    async with flow(tmp_path) as way:
+        await way.read(1, SIZE, 0, SIZE)
+        await way.settled()
+    edges = Edges()
+    async with flow(tmp_path, edges=edges) as way:
+        # Some places far from each other: fewer than make the whole disk suspect.
+        edges.bad.extend((SegmentNo(1), Extent(at, at + 512)) for at in (MIB - 700, 3 * MIB + 4096, 5 * MIB))
+        for _ in range(2):
+            for offset in range(0, SIZE, 4 * MIB):
+                await way.read(1, SIZE, offset, 4 * MIB)
+            await way.settled()
+        assert 3 <= way.fetcher.counts.requests <= 6
+        assert way.fetcher.counts.bytes_fetched <= 3 * 6 * BLOCK
+        assert way.store.health.state is State.HEALTHY

@@ -12,7 +12,11 @@ import pytest
 import trio
 
 from cachefs.catalog import (
+    CONFIRM_EVERY_S,
+    CONFIRMED_MAX,
+    GONE,
     LISTING_WAIT_S,
+    LOOK_S,
     NEGATIVES_MAX,
     OPEN_WAIT_S,
     UNKNOWN_WAIT_S,
@@ -33,6 +37,7 @@ from cachefs.errors import (
     OriginUnavailable,
 )
 from cachefs.store.content import Store
+from cachefs.store.format import ViewKind
 from tests.flow import quiet, virtual_time
 from tests.stores import image_id, running
 
@@ -63,6 +68,7 @@ class ScriptedRegistry:
     holds: trio.Event | None = None
     cost_s: float = 0.05
     asked: list[tuple[str, float]] = field(default_factory=list)
+    forbidden: set[str] = field(default_factory=set)
 
     async def images(self) -> list[dict[str, Any]]:
         snapshot = [dict(a) for a in self.has.values() if a["id"] not in self.hidden]
@@ -71,6 +77,8 @@ class ScriptedRegistry:
 
     async def image(self, image: str) -> dict[str, Any]:
         await self._answer(image)
+        if image in self.forbidden:
+            raise ImageForbidden(image)
         if image not in self.has:
             raise ImageGone(image)
         return dict(self.has[image])
@@ -88,20 +96,46 @@ class ScriptedRegistry:
 
 
 @dataclass
+class ScriptedClaims:
+    """Who needs an image: `open` handles, something that `firm`ly keeps it, an instance that `stands` on it."""
+
+    open: set[str] = field(default_factory=set)
+    firm: set[str] = field(default_factory=set)
+    stands: set[str] = field(default_factory=set)
+
+    def leased(self, image: str) -> bool:
+        return image in self.open | self.firm | self.stands
+
+    def keeps(self, image: str) -> bool:
+        return image in self.firm | self.stands
+
+    def started(self, image: str) -> bool:
+        return image in self.stands
+
+
+@dataclass
 class World:
     registry: ScriptedRegistry
     store: Store
     catalog: Catalog
+    claims: ScriptedClaims
+    gone: list[Image] = field(default_factory=list)
+    let_go: list[Image] = field(default_factory=list)
 
 
 @asynccontextmanager
-async def world(folder: Path, *images: dict[str, Any]) -> AsyncIterator[World]:
+async def world(
+    folder: Path, *images: dict[str, Any], claims: ScriptedClaims | None = None
+) -> AsyncIterator[World]:
     """A store with a catalog, and a Glance that has `images`."""
     registry = ScriptedRegistry({image["id"]: image for image in images})
     async with running(folder) as store, trio.open_nursery() as nursery:
         catalog = Catalog(registry, store, TTL_S, NEGATIVE_S)
+        made = World(registry, store, catalog, claims or ScriptedClaims())
+        catalog.claims = made.claims
+        catalog.on_gone, catalog.on_let_go = made.gone.append, made.let_go.append
         await nursery.start(catalog.run)
-        yield World(registry, store, catalog)
+        yield made
         nursery.cancel_scope.cancel()
 
 
@@ -288,6 +322,176 @@ async def test_known_images_are_there_after_a_restart_without_glance(tmp_path: P
         assert (await w.catalog.openable(A)) == w.catalog.known(A)
         assert (await w.catalog.lookup(B)).name == "image 2"
         assert len(w.catalog) == 2
+
+
+# ── Images that Glance has no more, and that are leased ──
+
+
+async def deleted(w: World, image: str) -> None:
+    """Glance has it no more, and is asked for it."""
+    w.registry.has.pop(image, None)
+    await trio.sleep(TTL_S)
+    try:
+        await w.catalog.openable(image)
+    except NoEntry:
+        pass
+
+
+@virtual_time
+async def test_what_an_instance_stands_on_is_found_and_opened_though_glance_has_it_no_more(tmp_path: Path) -> None:
+    claims = ScriptedClaims(firm={A})
+    async with world(tmp_path, answer(A), answer(B), claims=claims) as w:
+        await w.catalog.listing()
+        number = (await w.catalog.lookup(A)).number
+        w.store.view(A, ViewKind.ORIGINAL, 1000)
+        await deleted(w, A)
+        assert [(image.id, image.status) for image in w.gone] == [(A, GONE)], "it is told of, once"
+        for _ in range(3):
+            found = await w.catalog.openable(A)
+            assert (found.status, found.number, found.size) == (GONE, number, 1000)
+            assert w.catalog.by_number(number) == await w.catalog.lookup(A) == found
+            assert ids(await w.catalog.listing()) == [B], "it is not listed"
+            assert b"image 1" not in w.catalog.links
+            await trio.sleep(2 * TTL_S)
+        assert ids(w.catalog.gone()) == [A]
+        assert w.store.known_view(A, ViewKind.ORIGINAL) is not None
+        assert len(w.gone) == 1
+    async with world(tmp_path, answer(B), claims=claims) as w:  # After a restart, with Glance there.
+        assert ids(w.catalog.shown()) == [B]
+        assert (await w.catalog.openable(A)).status == GONE
+        assert ids(await w.catalog.listing()) == [B]
+        claims.firm.clear()
+        await trio.sleep(LOOK_S + 1)
+        assert ids(w.let_go) == [A]
+        with pytest.raises(NoEntry):
+            await w.catalog.openable(A)
+        assert w.store.known_view(A, ViewKind.ORIGINAL) is None
+    async with world(tmp_path) as w:
+        assert w.catalog.known(A) is None
+
+
+@virtual_time
+async def test_what_is_only_open_is_found_by_nobody_else_until_something_firm_leases_it(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A), claims=ScriptedClaims(open={A})) as w:
+        number = (await w.catalog.openable(A)).number
+        await deleted(w, A)
+        for ask in (w.catalog.lookup, w.catalog.openable):
+            with pytest.raises(NoEntry):
+                await ask(A)
+        assert w.catalog.by_number(number) is not None, "who has it open asks by its number"
+        w.claims.firm.add(A)  # Its disk was seen a minute later.
+        assert (await w.catalog.openable(A)).status == GONE
+        w.claims.firm.clear()
+        w.claims.open.clear()
+        with pytest.raises(NoEntry):
+            await w.catalog.lookup(A)
+        assert ids(w.let_go) == [A]
+        assert w.catalog.by_number(number) is None
+
+
+@virtual_time
+async def test_an_image_that_is_there_again_is_the_same_only_by_its_hash(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A), answer(B, os_hash_value=None, checksum=None)) as w:
+        w.claims.firm |= {A, B}
+        await w.catalog.listing()
+        await deleted(w, A)
+        await deleted(w, B)
+        w.registry.has |= {A: answer(A), B: answer(B)}
+        await trio.sleep(TTL_S)
+        await w.catalog.listing()
+        assert (await w.catalog.openable(A)).status == "active"
+        assert (await w.catalog.openable(B)).status == GONE
+        assert ids(await w.catalog.listing()) == [A]
+        assert ids(w.let_go) == []
+
+
+@virtual_time
+async def test_an_id_that_means_another_image_is_given_to_it_where_only_handles_keep_the_old_one(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path, answer(A), claims=ScriptedClaims(open={A})) as w:
+        first = await w.catalog.openable(A)
+        view = w.store.view(A, ViewKind.ORIGINAL, 1000)
+        await deleted(w, A)
+        w.registry.has[A] = answer(A, os_hash_value="b" * 128, checksum="d" * 32)
+        await trio.sleep(NEGATIVE_S)
+        second = await w.catalog.openable(A)
+        assert second.number > first.number
+        assert ids(w.let_go) == [A]
+        assert view.record.kind is ViewKind.ENDED, "who has it open reads on, by a view of its own"
+        assert w.store.known_view(A, ViewKind.ORIGINAL) is None
+
+
+@virtual_time
+async def test_glance_says_that_it_is_gone_when_its_bytes_are_asked_for(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A), answer(B)) as w:
+        await w.catalog.listing()
+        w.claims.firm.add(A)
+        for image in (A, B, image_id(77)):
+            w.catalog.ended(image)
+        assert ids(w.gone) == [A, B]
+        assert ids(w.let_go) == [B]
+        assert (await w.catalog.lookup(A)).status == GONE
+
+
+@pytest.mark.parametrize("status", ["deleted", "pending_delete"])
+@virtual_time
+async def test_the_status_deleted_ends_an_image_too(tmp_path: Path, status: str) -> None:
+    async with world(tmp_path, answer(A), answer(B)) as w:
+        w.claims.firm.add(A)
+        await w.catalog.listing()
+        for image in (A, B):
+            w.registry.has[image]["status"] = status
+        await trio.sleep(TTL_S)
+        assert await w.catalog.listing() == []
+        assert (await w.catalog.openable(A)).status == GONE
+        with pytest.raises(NoEntry):
+            await w.catalog.openable(B)
+
+
+@virtual_time
+async def test_what_a_listing_lacks_is_asked_for_by_itself_where_it_is_leased(tmp_path: Path) -> None:
+    images = [image_id(n) for n in range(1, CONFIRMED_MAX + 21)]
+    unleased, ended, forbidden = images[0], images[1], images[-1]
+    async with world(tmp_path, *(answer(image) for image in images)) as w:
+        await w.catalog.listing()
+        w.claims.firm |= set(images) - {unleased}
+        w.registry.hidden |= set(images)  # A listing that lacks all of them,
+        w.registry.forbidden.add(forbidden)
+        del w.registry.has[unleased], w.registry.has[ended]  # of which two are gone.
+        await trio.sleep(TTL_S)
+        assert await w.catalog.listing() == []
+        await trio.sleep(TTL_S)
+        assert len([1 for question, _ in w.registry.asked if question]) == CONFIRMED_MAX
+        for _ in range(3):
+            await w.catalog.listing()
+            await trio.sleep(TTL_S)
+        assert ids(w.gone) == [ended]
+        assert len(w.catalog) == len(images), "nothing is lost by a listing"
+        assert w.registry.count(unleased) == 0
+        asked = len(w.registry.asked)
+        assert max(w.registry.count(image) for image in images) == 1
+        await w.catalog.listing()
+        assert len(w.registry.asked) == asked + 1, "each of them not again so soon"
+        await trio.sleep(CONFIRM_EVERY_S)
+        for _ in range(2):
+            await w.catalog.listing()
+            await trio.sleep(TTL_S)
+        assert w.registry.count(forbidden) == 2
+
+
+@virtual_time
+async def test_a_deactivated_image_is_opened_by_who_stands_on_it_only(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A)) as w:
+        await w.catalog.openable(A)
+        w.registry.has[A]["status"] = "deactivated"
+        await trio.sleep(TTL_S)
+        for set_ in (w.claims.open, w.claims.firm):
+            set_.add(A)
+            with pytest.raises(NotPermitted):
+                await w.catalog.openable(A)
+        w.claims.stands.add(A)
+        assert (await w.catalog.openable(A)).status == "deactivated"
 
 
 # ── How long somebody waits ───────────────────────────────────────────────────────────────────────────
@@ -523,6 +727,79 @@ async def test_an_image_that_ended_while_a_listing_was_under_way_stays_gone(tmp_
         assert ids(w.catalog.shown()) == [B]
         with pytest.raises(NoEntry):
             await w.catalog.lookup(A)
+
+
+@virtual_time
+async def test_what_single_answers_say_while_a_long_listing_is_taken_counts(tmp_path: Path) -> None:
+    """A listing is taken in pieces; between them others are answered, by what is newer."""
+    many = [answer(image_id(n)) for n in range(1, 1001)]
+    async with world(tmp_path, *many) as w:
+        await w.catalog.listing()
+        await trio.sleep(TTL_S + 1)
+        ended = [image_id(1), image_id(500), image_id(1000)]
+
+        async def ends(image: str) -> None:
+            with pytest.raises(NoEntry):
+                await w.catalog.openable(image)
+
+        w.registry.holds = trio.Event()  # The listing and the questions are answered at one moment.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(w.catalog.fresh_listing)
+            await quiet()
+            for image in ended:
+                del w.registry.has[image]
+                nursery.start_soon(ends, image)
+            await trio.sleep(1)
+            w.registry.holds.set()
+        assert set(ids(w.catalog.shown())) == {image["id"] for image in many} - set(ended)
+        assert [w.catalog.known(image) for image in ended] == [None] * 3
+
+
+# ── What is kept of metadata ──────────────────────────────────────────────────────────────────────────
+
+
+def test_tags_and_properties_are_kept_over_a_restart_and_not_written_again(tmp_path: Path) -> None:
+    said = answer(
+        A, tags=["gold", "blue"], os_distro="ubuntu", cachefs_priority="critical", hw_disk_bus="scsi",
+        os_hidden=True, created_at="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    found: list[Image] = []
+
+    @virtual_time
+    async def once() -> None:
+        async with world(tmp_path, said, answer(B)) as w:
+            known = w.catalog.known(A)
+            if found:
+                assert known == found[0]
+                stored = dict(w.store.images)
+                await w.catalog.fresh_listing()
+                assert all(w.store.images[image] is stored[image] for image in stored), "nothing was put again"
+                assert w.catalog.known(A) is known, "what was derived from it stands"
+            (image, plain) = await w.catalog.listing()
+            found.append(image)
+            assert (image.tags, image.hidden, image.created_s) == (("blue", "gold"), True, 1767225600)
+            assert dict(image.properties) == {"os_distro": "ubuntu", "cachefs_priority": "critical"}
+            assert not plain.to_fields().keys() & {"tags", "properties", "hidden", "created_s"}, "nothing to say"
+
+    once()
+    once()
+
+
+@virtual_time
+async def test_a_fresh_listing_is_fresh_or_an_error(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A)) as w:
+        assert ids(await w.catalog.fresh_listing()) == [A]
+        assert ids(await w.catalog.fresh_listing()) == [A]
+        assert w.registry.count("") == 1, "within the TTL it is one"
+        await trio.sleep(TTL_S)
+        w.registry.fails = OriginUnavailable
+        with pytest.raises(OriginUnavailable):
+            await w.catalog.fresh_listing()
+        assert ids(await w.catalog.listing()) == [A]
+        w.registry.fails = None
+        w.registry.cost_s = 10 * LISTING_WAIT_S
+        w.registry.has[B] = answer(B)
+        assert ids(await w.catalog.fresh_listing()) == [A, B], "a slow Glance is waited for"
 
 
 # ── What Glance may say ───────────────────────────────────────────────────────────────────────────────

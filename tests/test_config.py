@@ -19,7 +19,7 @@ from keystoneauth1.noauth import NoAuth
 from cachefs import config
 from cachefs.config import Config
 from cachefs.errors import ConfigError
-from cachefs.option_types import Amount
+from cachefs.option_types import Address, Amount
 from cachefs.sources.auth import SPARE_CONNECTIONS
 
 SECRET = "correct-horse-battery"
@@ -110,12 +110,35 @@ def test_defaults_are_those_of_the_documentation(file: Path) -> None:
         "/var/lib/cachefs", Amount(80, True), Amount(5, True), 0.95, 0.85, 0.5, True, None, 1.0
     )
     assert c.scrub == config.ScrubConfig(604800.0, 100 << 20, None)
+    assert c.leases == config.LeasesConfig(("/var/lib/nova/instances",), 300.0, 86400.0, 86400.0)
     assert c.control == config.ControlConfig("/run/cachefs/control.sock")
+    assert c.metrics == config.MetricsConfig(Address("127.0.0.1", 19292))
     g = c.glance
     assert (g.connections, g.connect_timeout, g.read_timeout, g.retries) == (8, 5.0, 20.0, 4)
     assert (g.listing_ttl, g.negative_ttl) == (60.0, 10.0)
     assert g.auth.interface == ("internal", "public")
     assert g.auth.service_type == "image"
+
+
+def test_folders_with_disks(file: Path) -> None:
+    assert load(file, f"{NONE}[leases]\nfolders =\n").leases.folders == ()
+    found = load(file, f"{NONE}[leases]\nfolders = /a//b/, /c/../d,/a/b\ngrace = 60\ntouch_grace = 0\n").leases
+    assert found == config.LeasesConfig(("/a/b", "/d"), 300.0, 60.0, 0.0)
+    for bad in ("folders = relative", "grace = 59", "interval = 0", "touch_grace = -1"):
+        with pytest.raises(ConfigError):
+            load(file, f"{NONE}[leases]\n{bad}\n")
+
+
+def test_where_metrics_are_listened_for(file: Path) -> None:
+    for text, address in (
+        ("0.0.0.0:9", Address("0.0.0.0", 9)),
+        ("[::1]:19292", Address("::1", 19292)),
+        ("[fe80:0::1]:0", Address("fe80::1", 0)),
+        ("", None),
+        ("  ", None),
+    ):
+        assert load(file, f"{NONE}[metrics]\nlisten = {text}\n").metrics.listen == address
+    assert str(Address("::1", 7)) == "[::1]:7"
 
 
 def test_shares_rates_and_hours(file: Path) -> None:
@@ -233,6 +256,13 @@ def test_values(file: Path, section: str, line: str, field: str, value: object) 
         ("glance", "negative_ttl = -1", "greater than or equal to 0"),
         ("glance", "region_name = $nowhere", "a literal one is written $$"),
         ("control", "socket = control.sock", "is no absolute path"),
+        ("metrics", "listen = 19292", "is no address to listen at: write 127.0.0.1:19292"),
+        ("metrics", "listen = localhost:19292", "is no address to listen at"),
+        ("metrics", "listen = 127.0.0.1", "is no address to listen at"),
+        ("metrics", "listen = ::1:19292", "is no address to listen at"),
+        ("metrics", "listen = [127.0.0.1]:19292", "is no address to listen at"),
+        ("metrics", "listen = 127.0.0.1:65536", "is no address to listen at"),
+        ("metrics", "listen = 127.0.0.1:١٩", "is no address to listen at"),
         ("DEFAULT", "debug = perhaps", "Unexpected boolean value"),
     ],
 )
@@ -257,7 +287,7 @@ def test_a_bad_value_is_named_with_its_place(file: Path, section: str, line: str
         ("[mount]\nzzz = 1\n", "mount/zzz: FILE:5: unknown option"),
         ("[mount]\nmax_size = 5G\n", "mount/max_size: FILE:5: unknown option: it belongs into [store]"),
         ("[stroe]\npath = /x\n", "[stroe]: FILE:4: unknown section: did you mean store?"),
-        ("[precaching]\n", "[precaching]: FILE:4: unknown section"),
+        ("[precaching]\n", "[precaching]: FILE:4: unknown section: did you mean precache?"),
         ("[DEFAULT]\ndebgu = true\n", "DEFAULT/debgu: FILE:5: unknown option: did you mean debug?"),
         ("[DEFAULT]\nconfig_source = remote\n", "DEFAULT/config_source: FILE:5: unknown option"),
         ("[glance]\nauth-url = x\n", "glance/auth-url: FILE:5: unknown option"),
@@ -347,8 +377,9 @@ def test_later_files_win_and_folders_come_last_in_order(file: Path, tmp_path: Pa
 
 def test_the_default_file_is_read_if_it_is_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "DEFAULT_FILE", str(file))
-    with pytest.raises(ConfigError, match="glance/auth_type"):
+    with pytest.raises(ConfigError, match="there is no such file: write one"):
         config.load([], [], {})
+    assert [fault.option for fault in config.check([])] == [str(file), "glance/auth_type"]
     file.write_text(NONE)
     assert config.load([], [], {}).glance.auth.endpoints == ("http://127.0.0.1:9292",)
 
@@ -399,6 +430,10 @@ def test_the_place_of_a_value_of_several_lines_is_where_it_begins(file: Path) ->
         (NONE + "keyfile = /etc/hostname\n", "glance/keyfile: needs certfile"),
         (NONE + "[mount]\nmountpoint = /var\n", "store/path: /var/lib/cachefs would lie under the mount"),
         (NONE + "[mount]\nmountpoint = /var/lib/cachefs/x\n", "would lie inside the store"),
+        (
+            NONE + "[leases]\nfolders = /x, /mnt/cachefs/raw\n",
+            "leases/folders: /mnt/cachefs/raw would lie under the",
+        ),
         (NONE + "[mount]\nmountpoint = /run\n", "control/socket: /run/cachefs/control.sock would lie under"),
         (NONE + f"[control]\nsocket = /run/{'x' * 120}\n", "control/socket: is longer than the 107 bytes"),
     ],
@@ -563,13 +598,18 @@ def test_every_option_of_the_sample_is_known(file: Path) -> None:
         "store",
         "glance",
         "hydration",
+        "trace",
+        "leases",
         "scrub",
+        "precache",
+        "priorities",
         "convert",
         "control",
+        "metrics",
     }
     for section, name in sorted(names):
         complaints = [
-            any(f"{section}/{name}: FILE" in fault and "option" in fault for fault in faults(file, text))
+            any(f"{section}/{name}: FILE" in fault and "unknown option" in fault for fault in faults(file, text))
             for head in (PASSWORD, APPLICATION_CREDENTIAL)
             for text in [f"{head}[{section}]\n{name} = \n"]
         ]
@@ -580,5 +620,56 @@ def test_the_sample_names_what_an_operator_needs() -> None:
     shown = config.sample()
     for option in ("cloud", "auth_type", "auth_url", "password", "application_credential_secret", "cafile"):
         assert f"\n#{option} =" in shown
-    for left_out in ("timeout", "connect_retries", "collect_timing", "policies"):
+    for left_out in ("timeout", "connect_retries", "collect_timing"):
         assert f"\n#{left_out} =" not in shown
+
+
+# ── Pre-caching ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_policies_get_their_options_as_text(file: Path) -> None:
+    text = """
+[precache]
+policies = name, team, newest, name
+name_patterns = pin:golden-*, ubuntu-*
+newest_pattern = ^(\\w+)-
+option = team.teams = blue, green
+option = team.empty=
+[priorities]
+critical = owner:1, name:golden-*
+low = tag:ci
+trust_properties = public, owner:1
+"""
+    c = load(file, NONE + text.replace("\\\\", "\\"))
+    assert c.precache.policies == ("name", "team", "newest")
+    assert c.precache.options == {
+        "name": {"patterns": "pin:golden-*, ubuntu-*"},
+        "team": {"teams": "blue, green", "empty": ""},
+        "newest": {"count": "1", "pattern": "^(\\w+)-"},
+    }
+    assert [str(rule) for rule in c.priorities.critical] == ["owner:1", "name:golden-*"]
+    assert c.priorities.trust == ("public", "owner:1")
+    plain = load(file, NONE)
+    assert (plain.precache.policies, plain.precache.share, plain.priorities.trust) == ((), 0.5, ("public",))
+    assert load(file, NONE + "[priorities]\ntrust_properties =\n").priorities.trust == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("policies = name", "precache/name_patterns: is empty: the policy name would hold nothing"),
+        ("policies = static", "precache/static_images: is empty: the policy static would hold nothing"),
+        ("policies = a/b", "precache/policies: FILE:5: 'a/b' is no name of a policy: letters, digits, _ and -"),
+        ("interval = 59", "precache/interval: FILE:5: Should be greater than or equal to 60"),
+        ("share = 0%", "precache/share: FILE:5: '0%' is no share"),
+        ("newest_pattern = ((", "precache/newest_pattern: FILE:5: '((' is no regular expression: missing )"),
+        ("option = team", "precache/option: FILE:5: 'team' is no option of a policy: write POLICY.NAME = VALUE"),
+        ("option = team.teams = blue", "precache/option: team is not among the policies"),
+        ("policies = newest\noption = newest.count = 2", "precache/option: newest has options of its own"),
+        ("[priorities]\nlow = ci", "priorities/low: FILE:6: 'ci' is no rule: write owner:ID, tag:TAG"),
+        ("[priorities]\ntrust_properties = me", "priorities/trust_properties: FILE:6: 'me' is nobody to trust"),
+    ],
+)
+def test_what_cannot_be_of_pre_caching_is_named(file: Path, text: str, fault: str) -> None:
+    (found,) = faults(file, f"{NONE}[precache]\n{text}\n")
+    assert found.startswith(fault)

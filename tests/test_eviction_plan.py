@@ -54,9 +54,10 @@ def one(
     ended: bool = False,
     leased: bool = False,
     priority: Priority = NORMAL,
+    held: bool = False,
 ) -> ViewUse:
     """A view with one span, so that the order of views is the order of spans."""
-    return ViewUse(ViewNo(number), [group(0, {0: (last_s, flags)})], ended, leased, priority)
+    return ViewUse(ViewNo(number), [group(0, {0: (last_s, flags)})], ended, leased, priority, held)
 
 
 def order(*views: ViewUse) -> list[int]:
@@ -88,6 +89,13 @@ def order(*views: ViewUse) -> list[int]:
             [one(1, 10, BOOT, priority=LOW), one(2, 99, ONCE, priority=CRITICAL)],
             [2, 1],
         ),
+        ("what is held after all that is not, boot sets too", [one(1, 10, held=True), one(2, 99, BOOT)], [2, 1]),
+        (
+            "what is held in the order of all others",
+            [one(1, 10, BOOT, held=True), one(2, 99, held=True), one(3, 98, priority=LOW, held=True)],
+            [3, 2, 1],
+        ),
+        ("an ended image is nothing to hold", [one(1, 10), one(2, 99, BOOT, ended=True, held=True)], [2, 1]),
         ("never what is leased", [one(1, 10, leased=True), one(2, 20)], [2]),
         ("never what is leased, though it has ended", [one(1, 10, ended=True, leased=True)], []),
         ("nothing that is not here", [one(1, 0), one(2, 0, BOOT), one(3, 5)], [3]),
@@ -135,6 +143,7 @@ views_of_any_kind = st.lists(
         ended=st.booleans(),
         leased=st.booleans(),
         priority=st.sampled_from(Priority),
+        held=st.booleans(),
     ),
     max_size=30,
 )
@@ -142,12 +151,15 @@ views_of_any_kind = st.lists(
 
 @given(views_of_any_kind, st.integers(0, 40))
 @examples(200)
-def test_the_order_is_class_then_priority_then_last_use(views: list[ViewUse], most: int) -> None:
-    def key(view: ViewUse) -> tuple[Standing, Priority, int]:
-        return standing(view.groups[0].flags[0], view.ended), view.priority, view.groups[0].last_s[0]
+def test_the_order_is_held_then_class_then_priority_then_last_use(views: list[ViewUse], most: int) -> None:
+    def key(view: ViewUse) -> tuple[bool, Standing, Priority, int]:
+        stands = standing(view.groups[0].flags[0], view.ended)
+        return view.held and not view.ended, stands, view.priority, view.groups[0].last_s[0]
 
     here = [view for view in views if view.groups[0].last_s[0] and not view.leased]
-    expected = [(view.view, 0, view.groups[0].last_s[0], key(view)[0]) for view in sorted(here, key=key)]
+    expected = [
+        (view.view, 0, view.groups[0].last_s[0], key(view)[1], key(view)[0]) for view in sorted(here, key=key)
+    ]
     assert victims(views, most) == expected[:most]
 
 

@@ -41,6 +41,7 @@ class Node:
     evictor: Evictor
     away: list[bool]
     priorities: dict[str, Priority]
+    held: set[str]
 
     def count(self, cause: Cause) -> tuple[int, int]:
         """(spans, bytes) evicted for this cause."""
@@ -53,15 +54,19 @@ async def evicting(store: Any, marks: Watermarks = MARKS, pinned_max: int = 1 <<
     uses, leases = Uses(store, wall_clock), Leases(store, lambda: pinned_max, wall_clock)
     away = [False]
     priorities: dict[str, Priority] = {}
+    held: set[str] = set()
     evictor = Evictor(
-        store, uses, leases, marks, lambda: not away[0], lambda image: priorities.get(image, Priority.NORMAL)
-    )
+        store, uses, leases, marks,
+        origin_is_well=lambda: not away[0],
+        priority_of=lambda image: priorities.get(image, Priority.NORMAL),
+        is_held=held.__contains__,
+    )  # fmt: skip
     store.on_full = evictor.on_full
     await leases.load()
     async with trio.open_nursery() as nursery:
         await nursery.start(uses.run)
         await nursery.start(evictor.run)
-        yield Node(uses, leases, evictor, away, priorities)
+        yield Node(uses, leases, evictor, away, priorities, held)
         uses.save()
         nursery.cancel_scope.cancel()
 
@@ -105,7 +110,7 @@ async def test_a_whole_image_read_does_not_flush_what_guests_boot_from() -> None
     guest, scanned = store.add_view(1), store.add_view(2, size=1 << 40)
     async with evicting(store) as node:
         for span in range(20):
-            node.uses.note_boot(guest.number, SpanNo(span))
+            node.uses.set_boot(guest.number, map(SpanNo, range(span + 1)))
         store.land(guest, *range(30))
         await age()
         store.read(guest, *range(20, 30))
@@ -145,6 +150,40 @@ async def test_low_priority_goes_before_normal_and_normal_before_critical() -> N
             await trio.sleep(1)
         await one_round()
         assert [len(store.here(view)) for view in views] == [20, 10, 0]
+
+
+@virtual_time
+async def test_what_a_policy_holds_goes_last_and_before_what_is_leased() -> None:
+    store = FakeStore(limit=60 * MIB)
+    held, booted, leased = (store.add_view(n) for n in (1, 2, 3))
+    async with evicting(store) as node:
+        node.held.add(held.record.image)
+        node.leases.opened(leased.number)
+        for span in range(20):
+            node.uses.set_boot(booted.number, map(SpanNo, range(span + 1)))
+        for view in (held, booted, leased):
+            store.land(view, *range(20))
+        await one_round()
+        assert [len(store.here(view)) for view in (held, booted, leased)] == [20, 11, 20]
+        store.limit = 32 * MIB
+        await one_round()
+        assert [len(store.here(view)) for view in (held, booted, leased)] == [7, 0, 20]
+
+
+@virtual_time
+async def test_what_came_since_the_plan_goes_before_what_is_held() -> None:
+    """A plan that already names what is held may be some seconds old."""
+    store = FakeStore(limit=60 * MIB)
+    held, other = store.add_view(1), store.add_view(2)
+    async with evicting(store) as node:
+        node.held.add(held.record.image)
+        store.land(held, *range(60))
+        await one_round()  # Down to the low watermark, out of what is held: there is nothing else.
+        assert len(store.here(held)) == 51
+        for span in range(20):
+            assert await store.keep(other, span)
+        assert len(store.here(other)) <= 10
+        assert len(store.here(held)) >= 50
 
 
 @virtual_time
@@ -379,7 +418,7 @@ async def test_what_could_not_be_evicted_is_known_as_before() -> None:
     store = FakeStore(limit=10 * MIB)
     view = store.add_view(1)
     async with evicting(store, Watermarks(1.0, 0.5)) as node:
-        node.uses.note_boot(view.number, SpanNo(3))
+        node.uses.set_boot(view.number, [SpanNo(3)])
         store.land(view, *range(10))
         await trio.sleep(LOOK_S + 1)
         before = [
@@ -501,7 +540,10 @@ def commands_of(node: Node, sizes: dict[str, int], flushes: list[int] | None = N
     async def prefetch(image: str) -> SizedView:
         raise NoEntry(image)
 
-    return Commands(node.leases, node.evictor, lookup, flush, prefetch)
+    def prefetched(image: str) -> SizedView:
+        raise NoEntry(image)
+
+    return Commands(node.leases, node.evictor, lookup, flush, prefetch, prefetched)
 
 
 @virtual_time
@@ -530,6 +572,8 @@ async def test_images_are_pinned_unpinned_and_evicted_each_with_its_own_answer()
         assert node.evictor.status() == {
             "stuck": None,
             "trouble": None,
+            "high_watermark": 0.95,
+            "low_watermark": 0.85,
             "evicted": {
                 "watermark": {"spans": 0, "bytes": 0},
                 "full": {"spans": 0, "bytes": 0},
@@ -776,7 +820,7 @@ async def test_uses_and_pins_of_a_real_store_outlive_it(tmp_path: Path) -> None:
             view, other = view_of(store, 1, 10 * SPAN), view_of(store, 2, 10 * SPAN)
             await land_spans(store, view, 1, range(3))
             await land_spans(store, other, 2, range(2))
-            node.uses.note_boot(view.number, SpanNo(1))
+            node.uses.set_boot(view.number, [SpanNo(1)])
             node.leases.pin(B, other.size)
             await age()
             assert await read(view, 2 * SPAN, 4096) is not None

@@ -11,17 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
+from cachefs.catalog import Image
 from cachefs.errors import RecordCorrupt, StoreFormat
+from cachefs.plan.extents import BLOCK
 from cachefs.store import format as f
 from cachefs.store.format import (
     Chunk,
     ChunkId,
     Counters,
+    DiskEntry,
+    DisksRecord,
     Entry,
+    HoldRecord,
     Kind,
     LeaseReason,
     LeaseRecord,
+    OpensRecord,
     OriginMode,
+    PrecacheKind,
     Punch,
     ScrubRecord,
     SegmentNo,
@@ -29,6 +36,9 @@ from cachefs.store.format import (
     SpanNo,
     StoreRecord,
     Table,
+    TouchRecord,
+    TraceRecord,
+    TraceRun,
     UseFlag,
     UsesRecord,
     ViewKind,
@@ -40,6 +50,14 @@ IMAGE = "00112233-4455-6677-8899-aabbccddeeff"
 STORE = StoreRecord(4 << 20, UUID(IMAGE))
 COUNTERS = Counters(0x0102030405060708, 0x090A0B0C, 0x0D0E0F10)
 FIELDS: dict[str, Any] = {"number": 3, "name": "Débian"}
+DESCRIBED = {
+    k: v
+    for k, v in Image(
+        IMAGE, 3, 0, "", "x", created_s=5, hidden=True, tags=("a", "b"),
+        properties=(("cachefs_precache", "pin"), ("os_distro", "ubuntu")),
+    ).to_fields().items()
+    if v and k != "disk"
+}  # fmt: skip
 VIEW_NO = ViewNo(0x01020304)
 VIEW = ViewRecord(IMAGE, ViewKind.RAW, 0x0102030405060708, 0x1112, OriginMode.STREAM)
 SPAN_KEY = f.span_key(VIEW_NO, SpanNo(0x05060708))
@@ -58,6 +76,25 @@ USES_KEY = f.uses_key(VIEW_NO, 0x05060708)
 USES = UsesRecord((0x01020304, *[0] * (f.USES_SPANS - 1)), (*[0] * (f.USES_SPANS - 1), 3))
 LEASE_KEY = f.lease_key(IMAGE, LeaseReason.PIN)
 LEASE = LeaseRecord(1.5, 0.0)
+TOUCH_KEY = f.touch_key(IMAGE, ViewKind.RESIZED, 0x0102030405060708)
+TOUCH = TouchRecord(0x0102030405060708, -2, 1.5)
+DISKS_KEY = f.lease_key(IMAGE, LeaseReason.DISK)
+DISKS = DisksRecord(
+    1.5,
+    -2.25,
+    0x01020304,
+    (DiskEntry(b"/a/\xff", ViewKind.RAW, 0x1112131415161718), DiskEntry(b"/b", ViewKind.ORIGINAL, 0)),
+)
+OPENS_KEY = f.opens_key(IMAGE)
+OPENS = OpensRecord(2.5, 1.5)
+BLOCKS = f.block_digests(b"a" * BLOCK + b"b" * 100)
+ZEROS = f.block_digests(bytes(2 * BLOCK))
+HOLD_KEY = f.hold_key(IMAGE, "most-used")
+HOLD = HoldRecord(True, False, 1.5, "the néwest")
+TRACE_KEY = f.trace_key("sha256:" + "ab" * 32, ViewKind.RAW)
+TRACE = TraceRecord(
+    0x0102030405060708, 1.5, -2.25, 3, (TraceRun(0x01020304, 0x0506, 0x0708, 9), TraceRun(1, 2, 3))
+)
 
 Golden = tuple[Table, str, str, bytes, bytes]
 
@@ -83,6 +120,17 @@ RECORDS: dict[str, Golden] = {
         b'{"name":"D\\u00e9bian","number":3}'.hex() + "4fadb5807141a702",
         f.image_key(IMAGE),
         f.encode_image(IMAGE, FIELDS),
+    ),
+    "described image": (
+        Table.IMAGES,
+        "00112233445566778899aabbccddeeff",
+        (
+            b'{"created_s":5,"hidden":true,"name":"x","number":3,'
+            b'"properties":{"cachefs_precache":"pin","os_distro":"ubuntu"},"tags":["a","b"]}'
+        ).hex()
+        + "ec36d61e34605273",
+        f.image_key(IMAGE),
+        f.encode_image(IMAGE, DESCRIBED),
     ),
     "view": (
         Table.VIEWS,
@@ -140,12 +188,72 @@ RECORDS: dict[str, Golden] = {
         LEASE_KEY,
         LEASE.encode(LEASE_KEY),
     ),
+    "touch": (
+        Table.LEASES,
+        "00112233445566778899aabbccddeeff02030102030405060708",
+        "0807060504030201feffffffffffffff000000000000f83f" + "ff78850eb857c5e5",
+        TOUCH_KEY,
+        TOUCH.encode(TOUCH_KEY),
+    ),
+    "disks": (
+        Table.LEASES,
+        "00112233445566778899aabbccddeeff03",
+        "000000000000f83f00000000000002c004030201"
+        "02181716151413121104002f612fff"
+        "01000000000000000002002f62" + "ac1efbb7009983a6",
+        DISKS_KEY,
+        DISKS.encode(DISKS_KEY),
+    ),
+    "opens": (
+        Table.PRECACHE,
+        "0100112233445566778899aabbccddeeff",
+        "0000000000000440000000000000f83f" + "6f9b3a0af2400bd6",
+        OPENS_KEY,
+        OPENS.encode(OPENS_KEY),
+    ),
+    "hold": (
+        Table.PRECACHE,
+        "0200112233445566778899aabbccddeeff" + b"most-used".hex(),
+        "0100000000000000f83f" + "the néwest".encode().hex() + "d27250263ce92f0d",
+        HOLD_KEY,
+        HOLD.encode(HOLD_KEY),
+    ),
+    "trace": (
+        Table.TRACES,
+        "02" + ("sha256:" + "ab" * 32).encode().hex(),
+        "0807060504030201000000000000f83f00000000000002c003000000"
+        "040302010605080709" + "010000000200030000" + "9d221623473d870d",
+        TRACE_KEY,
+        TRACE.encode(TRACE_KEY),
+    ),
+    "block digests": (
+        Table.BLOCK_DIGESTS,
+        "0102030405060708",
+        "a2a8c6f44ec1e64616901686ab4bac03f16cb5d986cb70070dc612d2efe8efce" + "37e46d3700d6e58d",
+        SPAN_KEY,
+        f.encode_block_digests(SPAN_KEY, BLOCKS),
+    ),
+    "block digests of zeros": (
+        Table.BLOCK_DIGESTS,
+        "0102030405060708",
+        "be02b03982ac84cc",
+        SPAN_KEY,
+        f.encode_block_digests(SPAN_KEY, ZEROS),
+    ),
+    "digests mark": (
+        Table.BLOCK_DIGESTS,
+        "01020304",
+        "0807060504030201" + "c219a2d11a8d485b",
+        f.view_key(VIEW_NO),
+        f.encode_digests_mark(VIEW_NO, 0x0102030405060708),
+    ),
 }
 
 DECODERS: dict[str, tuple[Callable[[bytes, bytes], object], object]] = {
     "store": (lambda _, record: StoreRecord.decode(record, "here"), STORE),
     "counters": (lambda _, record: Counters.decode(record), COUNTERS),
     "image": (f.decode_image, (IMAGE, FIELDS)),
+    "described image": (f.decode_image, (IMAGE, DESCRIBED)),
     "view": (ViewRecord.decode, VIEW),
     "recipe": (f.decode_recipe, RECIPE),
     "chunk": (Chunk.decode, CHUNK),
@@ -154,6 +262,14 @@ DECODERS: dict[str, tuple[Callable[[bytes, bytes], object], object]] = {
     "scrub": (lambda _, record: ScrubRecord.decode(record), SCRUB),
     "uses": (UsesRecord.decode, USES),
     "lease": (LeaseRecord.decode, LEASE),
+    "touch": (TouchRecord.decode, TOUCH),
+    "disks": (DisksRecord.decode, DISKS),
+    "opens": (OpensRecord.decode, OPENS),
+    "hold": (HoldRecord.decode, HOLD),
+    "trace": (TraceRecord.decode, TRACE),
+    "block digests": (lambda key, record: f.decode_block_digests(key, record, 2), BLOCKS),
+    "block digests of zeros": (lambda key, record: f.decode_block_digests(key, record, 2), ZEROS),
+    "digests mark": (f.decode_digests_mark, 0x0102030405060708),
 }
 
 
@@ -177,9 +293,13 @@ def test_golden_names_and_numbers() -> None:
         "punches": 8,
         "uses": 9,
         "leases": 10,
+        "precache": 11,
+        "traces": 12,
+        "block_digests": 13,
     }
+    assert {kind.name: kind.value for kind in PrecacheKind} == {"OPENS": 1, "HOLD": 2}
     assert {flag.name: flag.value for flag in UseFlag} == {"TWICE": 1, "BOOT": 2}
-    assert {reason.name: reason.value for reason in LeaseReason} == {"PIN": 1}
+    assert {reason.name: reason.value for reason in LeaseReason} == {"PIN": 1, "TOUCH": 2, "DISK": 3}
     assert {kind.name: kind.value for kind in Kind} == {"ABSENT": 0, "HOLE": 1, "CHUNK": 2}
     assert {kind.name: kind.value for kind in ViewKind} == {"ENDED": 0, "ORIGINAL": 1, "RAW": 2, "RESIZED": 3}
     assert {mode.name: mode.value for mode in OriginMode} == {"UNKNOWN": 0, "RANGES": 1, "STREAM": 2}
@@ -187,6 +307,7 @@ def test_golden_names_and_numbers() -> None:
     assert f.SEGMENT_SIZE == 1 << 30
     assert f.digest_of(b"cachefs").hex() == "397aa7359a7850b799428b32f90042a7"
     assert f.digest_of(memoryview(b"cachefs")) == f.digest_of(b"cachefs")
+    assert f.block_digests(b"cachefs").hex() == "553c384d9e1140c862c47b92cfbc1b21"
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -196,9 +317,17 @@ def test_what_was_encoded_is_decoded(name: str) -> None:
     assert decode(key, record) == sample
 
 
+def test_digests_of_another_number_of_blocks_are_none() -> None:
+    key, record = SPAN_KEY, f.encode_block_digests(SPAN_KEY, BLOCKS)
+    for blocks in (1, 3):
+        with pytest.raises(RecordCorrupt):
+            f.decode_block_digests(key, record, blocks)
+
+
 def test_keys_are_split_as_they_were_made() -> None:
     assert f.split_span_key(SPAN_KEY) == (VIEW_NO, 0x05060708)
     assert f.split_chunk_key(f.chunk_key(CHUNK_ID)) == CHUNK_ID
+    assert f.split_trace_key(TRACE_KEY) == ("sha256:" + "ab" * 32, ViewKind.RAW)
 
 
 @pytest.mark.parametrize("name", RECORDS)

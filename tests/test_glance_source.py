@@ -17,14 +17,20 @@ import trio
 
 from cachefs import config
 from cachefs.errors import (
+    BytesMissing,
+    IdentityUnavailable,
     ImageForbidden,
     ImageGone,
+    NotReached,
+    OriginAway,
     OriginBusy,
     OriginError,
     OriginLied,
+    OriginThrottled,
     OriginUnauthorized,
     OriginUnavailable,
     RangeRefused,
+    TokenRefused,
 )
 from cachefs.plan.extents import Extent
 from cachefs.sources import Timing
@@ -158,7 +164,7 @@ FAULTS: Final[dict[str, tuple[Fault, type[OriginError]]]] = {
     "502": (Status(502), OriginUnavailable),
     "503": (Status(503), OriginBusy),
     "504": (Status(504), OriginUnavailable),
-    "429": (Status(429), OriginBusy),
+    "429": (Status(429), OriginThrottled),
     "200 to a range": (IgnoreRange(), RangeRefused),
     "400 to a range": (RefuseRange(), RangeRefused),
     "short Content-Length": (ShortLength(), OriginLied),
@@ -178,10 +184,16 @@ FAULTS: Final[dict[str, tuple[Fault, type[OriginError]]]] = {
         OriginLied,
     ),
     "302": (Status(302, {"Location": "http://127.0.0.1:1/"}), OriginLied),
-    "401": (Status(401), OriginUnauthorized),
+    "401": (Status(401), TokenRefused),
     "403": (Status(403), ImageForbidden),
-    "404 of an image that is there": (Status(404), OriginUnavailable),
-    "410 of an image that is there": (Status(410), OriginUnavailable),
+    "404 of an image that is there": (Status(404), BytesMissing),
+    "410 of an image that is there": (Status(410), BytesMissing),
+    "a page of a proxy": (Status(200, HTML, b"<html>Welcome</html>"), OriginUnavailable),
+    "a page of a proxy, said to be the range": (
+        Status(206, HTML | {"Content-Range": f"bytes {START}-{END - 1}/{SIZE}"}, bytes(END - START)),
+        OriginUnavailable,
+    ),
+    "something else of Glance's": (Status(200, JSON, b"{}"), OriginUnavailable),
     "418": (Status(418), OriginLied),
 }
 # Of these, what came before the end is the image's.
@@ -203,7 +215,10 @@ def test_a_fault_is_an_error_and_the_next_request_is_served(
     assert fetched(source) == BYTES(START, END - START)
 
 
-@pytest.mark.parametrize("fault", ["cut mid-body", "reset mid-body", "hung up", "503", "longer body", "204"])
+@pytest.mark.parametrize(
+    "fault",
+    ["cut mid-body", "reset mid-body", "hung up", "503", "longer body", "204", "a page of a proxy"],
+)
 def test_a_fault_in_a_stream(source: Glance, origin: ScriptedOrigin, fault: str) -> None:
     said, error = FAULTS[fault]
     origin.fault(said)
@@ -349,24 +364,65 @@ def second() -> Iterator[ScriptedOrigin]:
         yield origin
 
 
-def test_the_second_endpoint_serves_while_the_first_is_dead_and_is_kept_to(
+def test_the_second_endpoint_serves_while_the_first_is_dead_and_until_it_is_back(
     tmp_path: Path, origin: ScriptedOrigin, second: ScriptedOrigin
 ) -> None:
     source = source_of(tmp_path, origin.url, second.url)
     origin.stop()
-    for _ in range(2):
-        assert fetched(source) == BYTES(START, END - START)
-        assert ask(source.image, IMAGE)["id"] == IMAGE
-    origin.start()
-    assert fetched(source) == BYTES(START, END - START)
-    assert origin.requests == []
-    second.stop()
-    assert fetched(source) == BYTES(START, END - START)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(source.endpoints.run)
+            for _ in range(4):
+                await right(source)
+                assert (await source.image(IMAGE))["id"] == IMAGE
+            first, other = source.endpoints.status()["endpoints"]
+            assert (first["state"], other["state"], other["in_use"]) == ("open", "closed", True)
+            assert "Connection refused" in first["last_error"]
+            before = second.data_requests
+            origin.start()
+            with trio.fail_after(10):
+                while not source.endpoints.status()["endpoints"][0]["in_use"]:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            await right(source)
+            assert (origin.data_requests, second.data_requests) == (1, before)
+            second.stop()
+            await right(source)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+async def right(source: Glance) -> None:
+    sink = Collected()
+    await source.fetch(IMAGE, SIZE, Extent(START, END), sink)
+    assert sink.data == BYTES(START, END - START)
+
+
+def test_when_no_endpoint_is_asked_any_more_it_is_said_at_once(tmp_path: Path, origin: ScriptedOrigin) -> None:
+    source = source_of(tmp_path, origin.url)
     origin.stop()
-    with pytest.raises(OriginUnavailable):
+    for _ in range(3):
+        with pytest.raises(NotReached):
+            fetched(source)
+    origin.start()
+    with pytest.raises(OriginAway, match="after 3 failures: NotReached"):
         fetched(source)
-    second.start()
-    assert fetched(source) == BYTES(START, END - START)
+    with pytest.raises(OriginAway):
+        ask(source.images)
+    assert origin.requests == []
+
+
+def test_a_body_that_was_begun_is_not_begun_anew_elsewhere(
+    tmp_path: Path, origin: ScriptedOrigin, second: ScriptedOrigin
+) -> None:
+    source = source_of(tmp_path, origin.url, second.url)
+    origin.fault(Cut(100 * KIB))
+    sink = Collected()
+    with pytest.raises(OriginUnavailable):
+        fetch(source, sink)
+    assert sink.data == BYTES(START, len(sink.data))
+    assert second.requests == []
 
 
 @pytest.mark.parametrize("fault", [Status(500), Status(503), HangUp()], ids=["500", "503", "hung up"])
@@ -430,6 +486,16 @@ def test_a_token_that_was_expired_is_renewed(tmp_path: Path) -> None:
             origin.expire_tokens()
 
 
+def test_a_401_to_the_question_which_versions_there_are_is_an_error_and_no_deadlock(tmp_path: Path) -> None:
+    with ScriptedOrigin([OriginImage(IMAGE, "debian", SIZE, BYTES)], auth=True) as origin:
+        source = source_of(tmp_path, **password(origin.auth_url))
+        origin.fault(*[Status(401)] * 4, kind=Kind.DISCOVERY)
+        with pytest.raises(OriginUnauthorized):
+            fetched(source)
+        origin.clear()
+        assert fetched(source) == BYTES(START, END - START)
+
+
 def test_a_token_that_is_about_to_expire_is_renewed_before(tmp_path: Path) -> None:
     with ScriptedOrigin([OriginImage(IMAGE, "debian", SIZE, BYTES)], auth=True, token_life_s=1) as origin:
         source = source_of(tmp_path, **password(origin.auth_url))
@@ -445,25 +511,42 @@ def test_a_token_that_is_about_to_expire_is_renewed_before(tmp_path: Path) -> No
         (Status(401), OriginUnauthorized),
         (Status(403), OriginUnauthorized),
         (Status(404), OriginUnauthorized),
-        (Status(429), OriginUnavailable),
-        (Status(500), OriginUnavailable),
-        (Status(503), OriginUnavailable),
-        (HangUp(), OriginUnavailable),
-        (Status(201, JSON, b"{}"), OriginError),
-        (Status(200, HTML, b"<html>Welcome</html>"), OriginError),
+        (Status(429), IdentityUnavailable),
+        (Status(500), IdentityUnavailable),
+        (Status(503), IdentityUnavailable),
+        (HangUp(), IdentityUnavailable),
+        (Status(201, JSON, b"{}"), IdentityUnavailable),
+        (Status(200, HTML, b"<html>Welcome</html>"), IdentityUnavailable),
     ],
 )  # fmt: skip
 def test_a_keystone_that_gives_no_token(tmp_path: Path, fault: Fault, error: type[OriginError]) -> None:
     """What Keystone answers says nothing of the image, whatever it is."""
     with ScriptedOrigin([OriginImage(IMAGE, "debian", SIZE, BYTES)], auth=True) as origin:
         source = source_of(tmp_path, **password(origin.auth_url))
-        for work in (lambda: fetched(source), lambda: ask(source.image, IMAGE), lambda: ask(source.images)):
+        works: tuple[Callable[[], object], ...] = (
+            lambda: fetched(source), lambda: ask(source.image, IMAGE), lambda: ask(source.images),
+        )  # fmt: skip
+        for work in works[:2]:
             origin.fault(fault, fault, kind=Kind.TOKEN)
             with pytest.raises(error) as raised:
                 work()
-            assert not isinstance(raised.value, ImageGone | ImageForbidden)
+            assert type(raised.value) is error
+        status = source.endpoints.status()
+        assert status["endpoints"][0]["failures"] == 0
+        assert (status["identity"]["failures"], status["images"]) == (2, {})
         origin.clear()
         assert fetched(source) == BYTES(START, END - START)
+        assert source.endpoints.status()["identity"]["trouble"] is None
+        for _ in range(3):
+            origin.expire_tokens()
+            origin.fault(fault, fault, kind=Kind.TOKEN)
+            with pytest.raises(OriginError):
+                works[2]()
+        asked = len(origin.requests)
+        with pytest.raises(OriginUnauthorized if error is OriginUnauthorized else OriginAway):
+            works[2]()
+        assert len(origin.requests) == asked, "Keystone is left alone for a while"
+        assert source.endpoints.status()["endpoints"][0]["state"] == "closed"
 
 
 # ── A real Glance ─────────────────────────────────────────────────────────────────────────────────────

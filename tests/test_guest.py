@@ -24,8 +24,8 @@ from tests.guest import (
     overlay_on,
     run,
 )
-from tests.node import Node
-from tests.origin import Content, Kind, OriginImage, ScriptedOrigin
+from tests.node import Node, read_direct
+from tests.origin import Content, Kind, OriginImage, ScriptedOrigin, pattern
 
 _MISSING: Final = missing_for_guests()
 pytestmark = [
@@ -35,6 +35,7 @@ pytestmark = [
 
 RAW: Final = "70000000-0000-4000-8000-000000000001"
 QCOW2: Final = "70000000-0000-4000-8000-000000000002"
+OTHER: Final = "70000000-0000-4000-8000-000000000003"
 GIB: Final = 1 << 30
 
 
@@ -153,6 +154,39 @@ def test_glance_dies_between_the_boots_of_two_guests(
     node.stop()
     node.start()  # And a daemon that has never seen Glance boots one more.
     assert boot(third, []).files == disk.files
+    origin.start()
+    assert origin.bytes_sent == fetched
+
+
+def test_two_guests_share_a_base_that_a_full_store_keeps_while_glance_dies(
+    tmp_path: Path, origin: ScriptedOrigin, disk: GuestDisk
+) -> None:
+    """The first has run, and is stopped; then others fill the store, Glance dies and the node boots. The second
+    finds all of the base, also what no guest had read."""
+    size, bytes_of = 160 * MIB, pattern(160 * MIB)
+    origin.add(OriginImage(OTHER, "other", size, bytes_of))
+    node = Node(tmp_path, origin.url, store={"max_size": "144M"})
+    node.configure(hydration={"mode": "on-open"})
+    for name in ("one", "two"):
+        (tmp_path / "instances" / name).mkdir(parents=True)
+    with node:
+        view = node.mountpoint / "raw" / QCOW2
+        first, second = (overlay_on(view, tmp_path / "instances" / name / "disk") for name in ("one", "two"))
+        assert boot(first, []).files == disk.files
+        node.wait_for_status(lambda now: now["hydration"]["images"] == 0)
+        for at in range(0, size, 4 * MIB):
+            assert read_direct(node.path(OTHER), at, 4 * MIB) == bytes_of(at, 4 * MIB)
+        evicted = node.status()["evictor"]["evicted"]
+        assert sum(cause["bytes"] for cause in evicted.values()) > 0, "the store was full"
+        fetched = origin.bytes_sent
+        origin.stop()
+        node.stop()
+        node.start()
+        look = [*range(0, disk.size // MIB, 6), disk.size // MIB]
+        said = boot(second, look)
+        assert (said.files, said.mibs) == (disk.files, disk.hashes_of(look, disk.size))
+        refused = node.cli("evict", QCOW2).stderr
+        assert refused.endswith(f"is not evicted: it is named by an instance disk ({first}, {second})\n")
     origin.start()
     assert origin.bytes_sent == fetched
 

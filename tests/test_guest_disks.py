@@ -121,6 +121,7 @@ async def den(
         await joined.services.start(catalog.run)
         disks = GuestDisks(catalog, joined.store, joined.fetcher, joined.blocks)
         joined.fetcher.translate = disks.bring
+        joined.blocks.reach = disks.reach
         found = Den(joined, made, registry, catalog, disks)
         for number, file in files.items():
             found.upload(number, file)
@@ -285,6 +286,26 @@ async def test_tables_are_fetched_side_by_side(tmp_path: Path) -> None:
         assert bytes(await view.read(2 * MIB, 64 * KIB)) == disk[2 * MIB : 2 * MIB + 64 * KIB]
         # 1 MiB needs 32 tables, and 2048 clusters of 64 KiB each: 2080 requests of one second.
         assert trio.current_time() - began_s < 2080 / 3
+
+
+@qcow2.needs_qemu
+@virtual_time
+async def test_a_window_is_as_long_as_a_request_is_worth_in_bytes_of_the_file(tmp_path: Path) -> None:
+    """Not of the disk: of a disk that packs well, much more comes at the same cost."""
+    source, image = tmp_path / "source", tmp_path / "image"
+    disk = b"".join(struct.pack(">Q", number) * (BLOCK // 8) for number in range(40 * MIB // BLOCK))
+    source.write_bytes(disk)
+    qemu("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", source, image)
+    async with den(tmp_path / "store", {ONE: image.read_bytes()}) as here:
+        view = await here.open()
+        for offset in (0, 20 * MIB):  # The first look brings the tables.
+            assert bytes(await view.read(offset, 4096)) == disk[offset : offset + 4096]
+            await here.flow.settled()
+        asked = len(here.source.requests)
+        assert bytes(await view.read(30 * MIB, 64 * KIB)) == disk[30 * MIB : 30 * MIB + 64 * KIB]
+        assert len(here.source.requests) == asked
+        assert bytes(await view.read(18 * MIB, 4096)) == disk[18 * MIB : 18 * MIB + 4096]
+        assert len(here.source.requests) > asked, "a window goes forward"
 
 
 # ── Images that lie ───────────────────────────────────────────────────────────────────────────────────

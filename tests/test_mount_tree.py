@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import os
+import socket
 import stat
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -127,7 +130,7 @@ def test_space_is_that_of_the_images_and_none_is_free(node: Node) -> None:
     found = os.statvfs(node.mountpoint)
     assert found.f_blocks * found.f_frsize // MIB == 2 * SIZE // MIB
     assert (found.f_bavail, found.f_files) == (0, 2)
-    assert found.f_flag & os.ST_RDONLY
+    assert not found.f_flag & os.ST_RDONLY, "or the kernel would keep touches from the daemon"
 
 
 def test_other_accounts_read(origin: ScriptedOrigin) -> None:
@@ -154,9 +157,10 @@ def xattr(path: Path, name: str) -> str:
 def test_extended_attributes(tmp_path: Path, origin: ScriptedOrigin) -> None:
     with Node(tmp_path, origin.url) as node:
         path = node.path(DEBIAN)
-        names = ["id", "name", "disk_format", "state", "cached_bytes", "in_use", "pinned"]
+        names = ["id", "name", "disk_format", "state", "cached_bytes", "in_use", "pinned", "priority"]
         assert sorted(os.listxattr(path)) == sorted(f"user.cachefs.{name}" for name in names)
-        assert [xattr(path, name) for name in names] == [DEBIAN, "debian 13", "qcow2", "absent", "0", "0", "0"]
+        values = [DEBIAN, "debian 13", "qcow2", "absent", "0", "0", "0", "normal"]
+        assert [xattr(path, name) for name in names] == values
         with path.open("rb") as file:
             assert xattr(path, "in_use") == "1"
             file.read(1)
@@ -319,38 +323,119 @@ def test_a_deleted_image_goes_and_its_open_file_stays(tmp_path: Path) -> None:
             assert opened.read() == BYTES(0, SIZE)
 
 
+ACL: Final = struct.pack("<I" + "HHI" * 3, 2, *(1, 4, 0xFFFFFFFF), *(4, 4, 0xFFFFFFFF), *(32, 4, 0xFFFFFFFF))
 WRITES: Final[dict[str, Callable[[Path], object]]] = {
     "open to write": lambda at: os.open(at / DEBIAN, os.O_WRONLY),
     "open to read and write": lambda at: os.open(at / DEBIAN, os.O_RDWR),
     "open to append": lambda at: os.open(at / DEBIAN, os.O_WRONLY | os.O_APPEND),
     "truncate while opening": lambda at: os.open(at / DEBIAN, os.O_RDONLY | os.O_TRUNC),
+    "create what is there": lambda at: os.open(at / DEBIAN, os.O_CREAT | os.O_WRONLY),
+    "truncate what is there": lambda at: os.open(at / DEBIAN, os.O_CREAT | os.O_WRONLY | os.O_TRUNC),
+    "open a disk to write": lambda at: os.open(at.parent / "raw" / DEBIAN, os.O_RDWR),
     "truncate": lambda at: os.truncate(at / DEBIAN, 0),
     "create": lambda at: os.open(at / "new", os.O_CREAT | os.O_WRONLY),
     "create in the root": lambda at: os.open(at.parent / "new", os.O_CREAT | os.O_WRONLY),
+    "create a size": lambda at: os.open(at.parent / "resized" / DEBIAN / "x", os.O_CREAT | os.O_WRONLY),
     "create by name": lambda at: os.open(at.parent / "by-name" / "new", os.O_CREAT | os.O_WRONLY),
-    "temporary file": lambda at: os.open(at, os.O_TMPFILE | os.O_RDWR),
     "unlink": lambda at: os.unlink(at / DEBIAN),
     "unlink a link": lambda at: os.unlink(at.parent / "by-name" / "debian 13"),
     "mkdir": lambda at: os.mkdir(at / "new"),
     "rmdir": lambda at: os.rmdir(at),
     "rename": lambda at: os.rename(at / DEBIAN, at / "new"),
+    "rename over another": lambda at: os.rename(at / DEBIAN, at / DEACTIVATED),
+    "rename a folder": lambda at: os.rename(at, at.parent / "new"),
+    "exchange": lambda at: exchange(at / DEBIAN, at / DEACTIVATED),
     "link": lambda at: os.link(at / DEBIAN, at / "new"),
     "symlink": lambda at: os.symlink("x", at / "new"),
-    "mknod": lambda at: os.mkfifo(at / "new"),
+    "mkfifo": lambda at: os.mkfifo(at / "new"),
+    "mknod": lambda at: os.mknod(at / "new", stat.S_IFREG | 0o600),
+    "bind a socket": lambda at: bind(at / "new"),
     "chmod": lambda at: os.chmod(at / DEBIAN, 0o666),
     "chmod a folder": lambda at: os.chmod(at, 0o777),
     "chown": lambda at: os.chown(at / DEBIAN, 1, 1),
-    "utime": lambda at: os.utime(at / DEBIAN),
+    "chown a link": lambda at: os.lchown(at.parent / "by-name" / "debian 13", 1, 1),
+    "utime of a folder": lambda at: os.utime(at),
+    "utime of the root": lambda at: os.utime(at.parent),
+    "utime of the folder of sizes": lambda at: os.utime(at.parent / "resized" / DEBIAN),
+    "utime of a link": lambda at: os.utime(at.parent / "by-name" / "debian 13", follow_symlinks=False),
     "setxattr": lambda at: os.setxattr(at / DEBIAN, "user.cachefs.name", b"x"),
+    "setxattr of a folder": lambda at: os.setxattr(at, "user.x", b"x"),
+    "setxattr as libvirt does": lambda at: os.setxattr(at / DEBIAN, "trusted.libvirt.security.dac", b"x"),
+    "setxattr as SELinux does": lambda at: os.setxattr(at / DEBIAN, "security.selinux", b"x"),
+    "setxattr of an ACL": lambda at: os.setxattr(at / DEBIAN, "system.posix_acl_access", ACL),
     "removexattr": lambda at: os.removexattr(at / DEBIAN, "user.cachefs.name"),
 }
 
 
+def bind(path: Path) -> None:
+    """Makes a socket there."""
+    with socket.socket(socket.AF_UNIX) as made:
+        here = os.getcwd()
+        os.chdir(path.parent)  # The whole path may be longer than an address.
+        try:
+            made.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+def exchange(one: Path, other: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2):
+        raise OSError(ctypes.get_errno(), "renameat2")
+
+
 @pytest.mark.parametrize("way", list(WRITES))
-def test_every_change_is_errno_of(node: Node, way: str) -> None:
+def test_every_change_is_refused(node: Node, way: str) -> None:
     (node.mountpoint / "images" / DEBIAN).stat()
+    (node.mountpoint / "raw" / DEBIAN).stat()
+    before = tree(node)
     assert errno_of(lambda: WRITES[way](node.mountpoint / "images")) == errno.EROFS
-    assert sorted(os.listdir(node.mountpoint / "images")) == [DEBIAN, DEACTIVATED]
+    assert tree(node) == before
+
+
+def tree(node: Node) -> dict[str, tuple[int, ...]]:
+    """All that is there, and what a change would change."""
+    found: dict[str, tuple[int, ...]] = {}
+    for folder in (node.mountpoint, node.mountpoint / "images", node.mountpoint / "by-name"):
+        for name in sorted(os.listdir(folder)):
+            now = (folder / name).lstat()
+            found[f"{folder}/{name}"] = (now.st_ino, now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns)
+    return found
+
+
+def test_changes_that_are_not_offered_at_all(node: Node) -> None:
+    """By any filesystem of this kind."""
+    images = node.mountpoint / "images"
+    assert errno_of(lambda: os.open(images, os.O_TMPFILE | os.O_RDWR)) == errno.EOPNOTSUPP
+    with (images / DEBIAN).open("rb") as file:
+        assert errno_of(lambda: os.write(file.fileno(), b"x")) == errno.EBADF
+        assert errno_of(lambda: os.ftruncate(file.fileno(), 0)) == errno.EINVAL
+        assert errno_of(lambda: os.posix_fallocate(file.fileno(), 0, 4096)) == errno.EBADF
+        assert errno_of(lambda: os.fchmod(file.fileno(), 0o666)) == errno.EROFS
+        os.fsync(file.fileno())  # There is nothing to sync.
+
+
+def test_another_account_may_change_nothing_either(origin: ScriptedOrigin) -> None:
+    """What the mode forbids, the kernel refuses before anybody is asked."""
+    with tempfile.TemporaryDirectory(prefix="cachefs-") as folder:
+        os.chmod(folder, 0o755)
+        with Node(Path(folder), origin.url) as node:
+            path = node.path(DEBIAN)
+            before = path.stat().st_mtime_ns
+            nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+            for command, said in (
+                (["touch", path], "Permission denied"),
+                (["touch", "-d", "2001-01-01", path], "Operation not permitted"),
+                (["chmod", "666", path], "Operation not permitted"),
+                (["rm", "-f", path], "Permission denied"),
+                (["mkdir", path.parent / "x"], "Permission denied"),
+                (["truncate", "-s", "0", path], "Permission denied"),
+            ):
+                done = subprocess.run([*nobody, *map(str, command)], capture_output=True, text=True, check=False)
+                assert done.returncode == 1
+                assert said in done.stderr or "Permission denied" in done.stderr
+            assert path.stat().st_mtime_ns == before
+            assert node.status()["leases"]["leased by a touch"] == 0
 
 
 # ── Listings ──────────────────────────────────────────────────────────────────────────────────────────

@@ -34,7 +34,7 @@ from cachefs.formats.qcow2 import (
     Piece,
     Zero,
 )
-from cachefs.formats.qcow2_fetch import Placed, everything, file_order, sequential_plan
+from cachefs.formats.qcow2_fetch import Placed, everything, file_order, reach, sequential_plan
 from cachefs.formats.qcow2_header import HEAD_MAX, SIZE_MAX, SUBCLUSTERS, Compression, Header
 from cachefs.plan.extents import Extent
 from tests.qcow2_zoo import HUGE, MIB, SECTOR, ZOO, missing_qemu, qemu, qemu_io, raw_of
@@ -272,6 +272,21 @@ def test_no_request_is_larger_than_it_may_be_or_its_only_piece() -> None:
     assert all(fetch.extent.length <= 4 * MIB and fetch.is_wasteful for fetch in many.fetches)
     assert sum(len(fetch.parts) for fetch in many.fetches) == 8192
     assert not sequential_plan(0, [Data(0, 512), Data(1024, 512)], 512, MIB).fetches[0].is_wasteful
+
+
+def test_a_reach_counts_what_the_file_gives_and_stops_before_what_costs_too_much() -> None:
+    pieces: list[Piece] = [
+        Compressed(0, 100, 0, 64 * KIB),
+        Zero(MIB),
+        Data(4096, 64 * KIB),
+        Zero(512),
+        Compressed(9, 1, 0, 512),
+    ]
+    assert reach(pieces, 99) == 0
+    assert reach(pieces, 100) == 64 * KIB + MIB, "what is not there costs nothing"
+    assert reach(pieces, 100 + 64 * KIB) == 2 * 64 * KIB + MIB + 512
+    assert reach(pieces, MIB) == 2 * 64 * KIB + MIB + 1024
+    assert reach([], MIB) == 0
 
 
 @needs_qemu

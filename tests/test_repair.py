@@ -77,6 +77,7 @@ FIRST = f.span_key(ViewNo(1), SpanNo(0))
 PIN = f.lease_key(image_id(2), f.LeaseReason.PIN)
 LATER = PIN[:-1] + b"\x07"  # A reason that this cachefs does not know.
 USES = f.uses_key(ViewNo(1), 0)
+TRACE = f.trace_key(f"image:{image_id(1)}", f.ViewKind.ORIGINAL)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +113,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writes = WriteSet()
     writes.put(Table.USES, USES, UsesRecord((7,) * 256, (0,) * 256).encode(USES))
     writes.put(Table.LEASES, PIN, LeaseRecord(5.0).encode(PIN))
+    writes.put(Table.TRACES, TRACE, f.TraceRecord(1 << 20, 1.0, 2.0, 1, (f.TraceRun(3, 2, 0),)).encode(TRACE))
     writes.put(Table.LEASES, LATER, f.seal(Table.LEASES, LATER, b"what a later cachefs has here"))
     writes.put(Table.META, f.SCRUB_KEY, f.ScrubRecord(next_chunk=3, end_chunk=9).encode())
     commit(folder, writes)
@@ -460,13 +462,32 @@ def test_hints_that_cannot_be_read_are_noted_and_dropped(folder: Path) -> None:
     stores.put(folder, Table.USES, strange, UsesRecord((0,) * 256, (0,) * 256).encode(strange))
     rot(Table.USES, USES)(folder)
     rot(Table.META, f.SCRUB_KEY)(folder)
+    rot(Table.TRACES, TRACE)(folder)
+    backwards = f.TraceRecord(1 << 20, 1.0, 2.0, 1, (f.TraceRun(3, 2, 5), f.TraceRun(1, 1, 0)))
+    other = f.trace_key(f"image:{image_id(2)}", f.ViewKind.RAW)
+    stores.put(folder, Table.TRACES, other, backwards.encode(other))
+    stores.put(folder, Table.TRACES, b"\x01nonsense", f.seal(Table.TRACES, b"\x01nonsense", b""))
     report = check(folder)
     assert report.sound
-    assert [x.severity for x in report.findings] == [Severity.NOTE] * 3
-    assert repair_store(folder)[1] == Repaired(records_changed=3, records_dropped=3)
-    assert items(folder, Table.USES) == {}
+    assert [x.severity for x in report.findings] == [Severity.NOTE] * 6
+    assert repair_store(folder)[1] == Repaired(records_changed=6, records_dropped=6)
+    assert items(folder, Table.USES) == items(folder, Table.TRACES) == {}
     assert get(folder, Table.META, f.SCRUB_KEY) is None
     assert check(folder).findings == []
+
+
+def test_what_policies_held_stays_and_what_cannot_be_read_of_it_is_dropped(folder: Path) -> None:
+    opens, hold, later = f.opens_key(image_id(1)), f.hold_key(image_id(1), "newest"), b"\x07of a later cachefs"
+    stores.put(folder, Table.PRECACHE, opens, f.OpensRecord(1.5, 2.0).encode(opens))
+    stores.put(folder, Table.PRECACHE, hold, f.HoldRecord(True, False, 2.0, "the newest").encode(hold))
+    stores.put(folder, Table.PRECACHE, later, f.seal(Table.PRECACHE, later, b"its own"))
+    assert check(folder).findings == []
+    for key, record in ((opens[:9], b""), (f.hold_key(image_id(2), "p"), b"short")):
+        stores.put(folder, Table.PRECACHE, key, f.seal(Table.PRECACHE, key, record))
+    stores.put(folder, Table.PRECACHE, f.opens_key(image_id(2)), b"rot")
+    assert [x.severity for x in check(folder).findings] == [Severity.NOTE] * 3
+    assert repair_store(folder)[1] == Repaired(records_changed=3, records_dropped=3)
+    assert set(items(folder, Table.PRECACHE)) == {opens, hold, later}
 
 
 def test_pins_stay_and_so_do_the_leases_of_a_later_cachefs(folder: Path) -> None:
@@ -497,7 +518,7 @@ def test_a_store_without_the_later_tables_is_checked_and_repaired(tmp_path: Path
     Store.open(folder).close()
     stores.put(folder, Table.META, f.COUNTERS_KEY, None)
     with stores.index_of(folder) as index, index._env.begin(write=True) as txn:
-        for table in (Table.USES, Table.LEASES):
+        for table in (Table.USES, Table.LEASES, Table.PRECACHE, Table.TRACES):
             txn.drop(index._tables[table])
     assert run(folder) == 2
     assert run(folder, "--repair") == 1

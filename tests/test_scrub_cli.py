@@ -66,7 +66,7 @@ def test_without_waiting_it_only_begins(tmp_path: Path, capsys: pytest.CaptureFi
     assert daemon.asked == 0
     assert capsys.readouterr().out == ""
     assert run(tmp_path, daemon, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"run": 4}
+    assert json.loads(capsys.readouterr().out) == {"json_format": 1, "run": 4}
 
 
 @pytest.mark.parametrize("found", [0, 1, 2])
@@ -79,7 +79,7 @@ def test_waiting_gives_what_was_found_as_exit_status(
     assert out.out.startswith(f"3.0 MiB verified: {found} chunks rotten")
     assert out.err == ""  # No terminal, no progress.
     assert run(tmp_path, Daemon(last), "--wait", "--json") == found
-    assert json.loads(capsys.readouterr().out) == last
+    assert json.loads(capsys.readouterr().out) == last | {"json_format": 1}
 
 
 @pytest.mark.parametrize("last", [None, SOUND | {"run": 3}])

@@ -11,11 +11,12 @@ import trio
 from trio.testing import MockClock
 
 from cachefs.errors import Absent, StoreError
-from cachefs.plan.extents import PAGE, Extent
+from cachefs.plan.extents import BLOCK, PAGE, Extent
 from cachefs.store import format as f
 from cachefs.store.check import check
 from cachefs.store.content import Limits, Store
 from cachefs.store.format import SpanNo, Table
+from cachefs.store.health import DiskUnusable
 from cachefs.store.recipe import SpanMap
 from cachefs.store.recover import open_store
 from cachefs.store.verified import Verified
@@ -346,6 +347,92 @@ def test_rot_is_found_by_the_first_read_and_never_served(folder: Path) -> None:
 
     trio.run(main)
     assert check(folder).sound
+
+
+# ── a disk that does not give a place ──
+
+
+def far_chunk(store: Store) -> f.Chunk:
+    """One in the middle of the segment."""
+    return next(chunk for chunk in stores_chunks(store) if chunk.offset >= SPAN // 2)
+
+
+@pytest.mark.parametrize("verified", [False, True], ids=["first read", "later read"])
+def test_a_long_read_says_where_the_disk_failed_and_what_came_before(folder: Path, verified: bool) -> None:
+    content = random_bytes(18, SPAN)
+    trio.run(fill, folder, content)
+    edges = Edges()
+    found: list[f.ChunkId] = []
+
+    async def main() -> None:
+        async with running(folder, edges=edges) as store:
+            store.on_rot = found.extend
+            view = view_of(store, 1, SPAN)
+            if verified:
+                assert await view.read(0, SPAN) == content
+            chunk = far_chunk(store)
+            bad = chunk.offset + chunk.length - PAGE
+            edges.bad.append((chunk.segment, Extent(bad, bad + 512)))
+            with pytest.raises(DiskUnusable) as failure:
+                await view.read(3, SPAN - 3)
+            at = failure.value.offset
+            assert at is not None
+            assert chunk.offset <= at <= bad
+            assert failure.value.before == content[3:at]
+            assert store.health.reads.errors == len(edges.met_bad) == 1
+            # That chunk is to be fetched, and nothing else.
+            await view.doubt(at)
+            assert len(found) == 1
+            (gap,) = view.absent(Extent(0, SPAN))
+            assert gap.start <= chunk.offset < bad < gap.end
+            assert gap.length <= chunk.length + 2 * BLOCK
+
+    trio.run(main)
+
+
+def test_a_place_that_nobody_asked_for_harms_no_read(folder: Path) -> None:
+    content = random_bytes(19, SPAN)
+    trio.run(fill, folder, content)
+    edges = Edges()
+
+    async def main() -> None:
+        async with running(folder, edges=edges) as store:
+            view = view_of(store, 1, SPAN)
+            chunk = far_chunk(store)
+            edges.bad.append((chunk.segment, Extent(chunk.offset, chunk.offset + PAGE)))
+            start = chunk.offset - 128 * 1024
+            assert await view.read(start, chunk.offset - start) == content[start : chunk.offset]
+            assert store.health.reads.errors == len(edges.met_bad) == 1, "it was looked at ahead, once"
+            assert bytes(view.read_now(start, chunk.offset - start) or b"") == content[start : chunk.offset]
+            assert view.present_at(chunk.offset)
+            # Whoever wants it is told.
+            with pytest.raises(DiskUnusable) as failure:
+                await view.read(start, chunk.offset - start + 1)
+            assert (failure.value.offset, len(failure.value.before)) == (chunk.offset, chunk.offset - start)
+
+    trio.run(main)
+
+
+def test_a_view_that_lost_bytes_with_a_commit_says_so(folder: Path) -> None:
+    content = random_bytes(20, 2 * SPAN)
+    edges = Edges()
+    lost: list[int] = []
+
+    async def main() -> None:
+        async with running(folder, edges=edges) as store:
+            store.on_loss = lambda view: lost.append(view.number)
+            views = [view_of(store, number, len(content)) for number in (1, 2)]
+            for view in views:
+                await land(store, view, 0, content[:SPAN])
+            await store.flush()
+            edges.arm(Fate.FAIL, Edge.SYNC)
+            await land(store, views[1], SPAN, content[SPAN:])
+            assert lost == []
+            await store.flush()
+            assert [view.cached for view in views] == [SPAN, SPAN]
+            assert lost == [views[1].number], "and the other one lost nothing"
+
+    trio.run(main)
 
 
 def test_a_quarantined_chunk_is_not_counted_after_mending(folder: Path) -> None:

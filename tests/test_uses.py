@@ -171,7 +171,7 @@ async def test_a_boot_set_is_noted_before_its_spans_come() -> None:
     store = FakeStore()
     view = store.add_view(1)
     uses = Uses(store, wall_clock)
-    uses.note_boot(view.number, SpanNo(9))
+    uses.set_boot(view.number, [SpanNo(9)])
     assert uses.spans(view.number) == []
     store.land(view, 9)
     uses.look()
@@ -182,33 +182,70 @@ async def test_a_boot_set_is_noted_before_its_spans_come() -> None:
     assert flags(uses, view, 9) == BOOT | TWICE
 
 
+def boot_set(uses: Uses, view: FakeView) -> set[int]:
+    return {
+        group.first + i for group in uses.groups(view.number) for i, flag in enumerate(group.flags) if flag & BOOT
+    }
+
+
+def numbers(*spans: int) -> list[SpanNo]:
+    return list(map(SpanNo, spans))
+
+
 @virtual_time
-async def test_a_boot_set_is_bounded_for_each_view() -> None:
+async def test_a_boot_set_takes_the_place_of_the_one_before() -> None:
     store = FakeStore()
-    view, other = store.add_view(1, size=4 << 30), store.add_view(2)
+    view, other = store.add_view(1), store.add_view(2)
     uses = Uses(store, wall_clock)
-    most = BOOT_BYTES_MAX // store.span_size
-
-    def count() -> int:
-        return sum(flag == BOOT for group in uses.groups(view.number) for flag in group.flags)
-
-    for span in range(most + 5):
-        for _ in range(2):
-            uses.note_boot(view.number, SpanNo(span))
-    assert count() == most
-    assert flags(uses, view, most) == NONE
-    uses.note_boot(other.number, SpanNo(0))
-    assert flags(uses, other, 0) == BOOT
-    uses.forget(view.number, SpanNo(3))  # Evicted: there is place for another.
-    for span in (most + 1, most + 2):
-        uses.note_boot(view.number, SpanNo(span))
-    assert count() == most
-    assert flags(uses, view, most + 1) == BOOT
+    store.land(view, 1, 2)
+    uses.look()
+    uses.set_boot(view.number, numbers(1, 40))
+    uses.set_boot(other.number, numbers(1))
+    uses.set_boot(view.number, numbers(40, 2))
+    assert (boot_set(uses, view), boot_set(uses, other)) == ({2, 40}, {1})
+    assert last(uses, view, 1) == 0, "it is here all the same"
+    uses.forget(view.number, SpanNo(2))
+    assert boot_set(uses, view) == {40}
+    uses.set_boot(view.number, numbers(2))
+    assert boot_set(uses, view) == {2}
+    uses.set_boot(view.number, [])
+    assert boot_set(uses, view) == set()
     uses.save()
     again = Uses(store, wall_clock)
     await again.load()
-    again.note_boot(view.number, SpanNo(most + 3))
-    assert flags(again, view, most + 3) == NONE, "the bound is known after a restart, too"
+    assert (boot_set(again, view), boot_set(again, other)) == (set(), {1})
+    again.set_boot(other.number, numbers(7))
+    assert boot_set(again, other) == {7}, "what was set before the restart is known"
+
+
+@virtual_time
+async def test_a_boot_set_is_bounded_for_each_view() -> None:
+    store = FakeStore()
+    view = store.add_view(1, size=4 << 30)
+    uses = Uses(store, wall_clock)
+    most = BOOT_BYTES_MAX // store.span_size
+    assert uses.boot_spans_max == most
+    uses.set_boot(view.number, numbers(*range(most + 5, 0, -1)))
+    assert boot_set(uses, view) == set(range(6, most + 6)), "the first of them"
+
+
+@virtual_time
+async def test_all_boot_sets_together_are_bounded_by_a_share_of_the_store() -> None:
+    store = FakeStore()
+    views = [store.add_view(n) for n in range(1, 6)]
+    room = 10 * store.span_size
+    uses = Uses(store, wall_clock, boot_max=lambda: room)
+    for view in views[:3]:
+        uses.set_boot(view.number, numbers(1, 2, 3, 4))
+    assert [len(boot_set(uses, view)) for view in views] == [0, 4, 4, 0, 0], "the oldest is none any more"
+    uses.set_boot(views[1].number, numbers(1, 2, 3, 4))
+    uses.set_boot(views[3].number, numbers(1, 2, 3, 4))
+    assert [len(boot_set(uses, view)) for view in views] == [0, 4, 0, 4, 0]
+    uses.set_boot(views[4].number, numbers(*range(30)))
+    assert [len(boot_set(uses, view)) for view in views] == [0, 0, 0, 0, 10]
+    room = 0
+    uses.set_boot(views[0].number, numbers(5, 6))
+    assert [len(boot_set(uses, view)) for view in views] == [1, 0, 0, 0, 0], "one span is always spared"
 
 
 # ── Over restarts ─────────────────────────────────────────────────────────────────────────────────────
@@ -229,7 +266,7 @@ async def test_what_is_known_outlives_the_daemon() -> None:
     view, other = store.add_view(1, size=1 << 30), store.add_view(2)
     async with looking(store) as uses:
         store.land(view, 0, 255, 256, 700)
-        uses.note_boot(view.number, SpanNo(255))
+        uses.set_boot(view.number, [SpanNo(255)])
         await trio.sleep(100)
         store.read(view, 0)
         store.land(other, 1)
@@ -363,7 +400,7 @@ async def test_what_is_known_and_not_here_is_forgotten_unless_it_has_just_come()
     store.land(view, 0, 1)
     uses = Uses(store, wall_clock)
     uses.look()
-    uses.note_boot(view.number, SpanNo(1))
+    uses.set_boot(view.number, [SpanNo(1)])
     store.spans.clear()
     await trio.sleep(SETTLED_S)
     assert await uses.reconcile() == 0
@@ -405,7 +442,7 @@ async def test_a_span_that_was_not_evicted_after_all_is_as_before() -> None:
     view = store.add_view(1)
     store.land(view, 0)
     uses = Uses(store, wall_clock)
-    uses.note_boot(view.number, SpanNo(0))
+    uses.set_boot(view.number, [SpanNo(0)])
     uses.look()
     before = known(uses, view)
     was = uses.forget(view.number, SpanNo(0))

@@ -74,6 +74,20 @@ def sequential_plan(offset: int, pieces: Iterable[Piece], gap_max: int, fetch_ma
     return Plan(tuple(zeros), tuple(fetches))
 
 
+def reach(pieces: Iterable[Piece], cost: int) -> int:
+    """How many bytes of the disk, from where `pieces` begin, cost at most `cost` bytes of the file."""
+    reached = 0
+    for piece in pieces:
+        if isinstance(piece, Compressed):
+            cost -= piece.file_length
+        elif isinstance(piece, Data):
+            cost -= piece.length
+        if cost < 0:
+            break
+        reached += piece.length
+    return reached
+
+
 def everything(mapping: Mapping) -> Iterator[Need | Placed]:
     """All of the disk that is in the file, in the order of the disk. A Need that it yields is to be fed before it
     is asked on: else it yields it again."""

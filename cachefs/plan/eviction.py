@@ -7,16 +7,16 @@ A span stands in one of four classes, and everything of a class goes before anyt
     1 ONCE   it came, and was not used again: where whole-image reads (hydration, `qemu-img convert`, a backup)
              leave what they pass over, so that they flush each other and not what guests live on
     2 TWICE  it was used again a minute or more after it came: somebody comes back to it
-    3 BOOT   it was among the first that were read at random after its image was opened: the next guest of that
-             image will wait for just these bytes
+    3 BOOT   it holds blocks of its image's boot trace: the next guest of that image will wait for just these bytes
 
-Within a class the image's priority decides, low before normal before critical, and then the last use, coldest
-first. So priority never lifts what was passed over once above what guests boot from, and among equals an
-operator's word counts for more than the clock. Spans of leased views are in no class: they are never named.
+Spans of an image that a policy holds (see `plan.holding`) go after everything that is not held, in the same order
+among themselves. Within a class the image's priority decides, low before normal before critical, and then the last
+use, coldest first. So priority never lifts what was passed over once above what guests boot from, and among equals
+an operator's word counts for more than the clock. Spans of leased views are in no class: they are never named.
 Size does not change the order (spans are of one size but for the last of a view): it tells the one who evicts how
 many to take at a time. What a span really frees is known only afterwards, because its chunks may be shared.
 
-A rank is one integer, class and priority above the last use above the span's place, so that a store of 1 TiB
+A rank is one integer, held, class and priority above the last use above the span's place, so that a store of 1 TiB
 (262,144 spans) is ranked in an array of 2 MiB; only as many ranks as are asked for become objects.
 """
 
@@ -72,6 +72,7 @@ class ViewUse:
     ended: bool = False
     leased: bool = False
     priority: Priority = Priority.NORMAL
+    held: bool = False
 
 
 class Victim(NamedTuple):
@@ -81,10 +82,11 @@ class Victim(NamedTuple):
     span: SpanNo
     last_s: int
     standing: Standing
+    held: bool = False
 
 
 _KNOWN_FLAGS = int(UseFlag.TWICE | UseFlag.BOOT)  # As a number: an enum's arithmetic takes ten times as long.
-_PLACE_BITS, _LAST_BITS, _PRIORITY_BITS = 28, 32, 2
+_PLACE_BITS, _LAST_BITS, _PRIORITY_BITS, _STANDING_BITS = 27, 32, 2, 2
 _HEAD_BITS = _PLACE_BITS + _LAST_BITS
 _PLACE_MASK, _LAST_MASK = (1 << _PLACE_BITS) - 1, (1 << _LAST_BITS) - 1
 
@@ -108,7 +110,7 @@ def victims(views: Iterable[ViewUse], most: int) -> list[Victim]:
         for group in view.groups:
             place = len(places) * USES_SPANS
             if place + USES_SPANS > _PLACE_MASK:
-                break  # A million groups: there are victims enough among these.
+                break  # Half a million groups: there are victims enough among these.
             if not any(group.last_s):
                 continue
             places.append((view.view, group.first))
@@ -124,8 +126,9 @@ def victims(views: Iterable[ViewUse], most: int) -> list[Victim]:
 
 def _heads(view: ViewUse) -> list[int]:
     """The upper bits of the ranks of a view's spans, by their flags."""
+    held = (view.held and not view.ended) << _STANDING_BITS
     return [
-        (standing(flags, view.ended) << _PRIORITY_BITS | view.priority) << _HEAD_BITS
+        ((held | standing(flags, view.ended)) << _PRIORITY_BITS | view.priority) << _HEAD_BITS
         for flags in range(_KNOWN_FLAGS + 1)
     ]
 
@@ -134,7 +137,8 @@ def _victim(rank: int, places: Sequence[tuple[ViewNo, int]]) -> Victim:
     group, within = divmod(rank & _PLACE_MASK, USES_SPANS)
     view, first = places[group]
     last_s = rank >> _PLACE_BITS & _LAST_MASK
-    return Victim(view, SpanNo(first + within), last_s, Standing(rank >> _HEAD_BITS + _PRIORITY_BITS))
+    held, standing_ = divmod(rank >> _HEAD_BITS + _PRIORITY_BITS, 1 << _STANDING_BITS)
+    return Victim(view, SpanNo(first + within), last_s, Standing(standing_), bool(held))
 
 
 # ── How much ──────────────────────────────────────────────────────────────────────────────────────────

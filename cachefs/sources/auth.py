@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from oslo_config import cfg
 
 from cachefs import __version__
 from cachefs.errors import ConfigError
+from cachefs.sources import request_ids
 
 if TYPE_CHECKING:
     import requests
@@ -83,7 +85,7 @@ class AuthOptions:
 
     def session(self) -> Session:
         """A new session with its own pool of connections; all share one token. Asks the network nothing."""
-        session = Session(
+        session = _Session(
             auth=self.plugin,
             verify=self.verify,
             cert=self.cert,
@@ -98,8 +100,39 @@ class AuthOptions:
         return session
 
 
+class _Session(Session):
+    """One that asks Keystone for nothing while Glance is asked: a token that Glance refused is renewed apart from
+    the request that it was for, so that it is clear whose a failure is.
+
+    And one that gets no token in order to get a token: where something before Keystone answers 401 to the question
+    which versions there are, keystoneauth would ask for one, and wait for its own lock for ever, and all threads
+    with it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._of_thread = threading.local()
+
+    def get_auth_headers(self, auth: BaseAuthPlugin | None = None, **options: Any) -> dict[str, str] | None:
+        if getattr(self._of_thread, "gets_token", False):
+            raise exceptions.AuthorizationFailure("Keystone wants a token before it gives one")
+        self._of_thread.gets_token = True
+        try:
+            headers: dict[str, str] | None = super().get_auth_headers(auth, **options)
+            return headers
+        finally:
+            self._of_thread.gets_token = False
+
+    def get_token(self, auth: BaseAuthPlugin | None = None) -> str | None:
+        return (self.get_auth_headers(auth) or {}).get("X-Auth-Token")
+
+    def request(self, url: str, method: str, **options: Any) -> requests.Response:  # type: ignore[override]
+        options.setdefault("allow_reauth", False)
+        answer: requests.Response = super().request(url, method, **options)
+        return answer
+
+
 class _Wire(TCPKeepAliveAdapter):
-    """keystoneauth's adapter, with a time-out on every request, those to Keystone included.
+    """keystoneauth's adapter, with a time-out and an id on every request, those to Keystone included.
 
     `Session(timeout=...)` takes a single number, and requests would use it for connecting and for reading.
     """
@@ -119,7 +152,13 @@ class _Wire(TCPKeepAliveAdapter):
     ) -> requests.Response:
         if timeout is None:  # A caller who names one means it.
             timeout = self._timeout
-        return super().send(request, stream, timeout, verify, cert, proxies)
+        exchange = request_ids.current()
+        if exchange is not None:
+            exchange.sends(request.headers)
+        answer = super().send(request, stream, timeout, verify, cert, proxies)
+        if exchange is not None:
+            exchange.receives(answer.headers)
+        return answer
 
 
 # ── Options ───────────────────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,6 @@ held against the image.
 from __future__ import annotations
 
 import errno
-import logging
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +17,7 @@ from typing import ClassVar
 
 import trio
 
+from cachefs import logs
 from cachefs.errors import OriginError, OriginLied, OriginUnavailable
 from cachefs.plan.extents import Extent
 from cachefs.sources import Sink, Timing
@@ -25,7 +25,7 @@ from cachefs.sources.converter import Converter, Crashed, Tool
 from cachefs.sources.nbd import Client, NbdBroken, NbdRefused
 from cachefs.sources.nbd_input import OpenInput
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 # Glance's disk_format → qemu's driver.
 DRIVERS = {"vmdk": "vmdk", "vhd": "vpc", "vhdx": "vhdx", "vdi": "vdi", "ploop": "parallels"}
@@ -208,7 +208,7 @@ class Converted:
     def _note_crash(self, image: str, how: str) -> None:
         now_s = trio.current_time()
         if now_s < self._crashed_s.get(image, -math.inf) + CRASH_FORGOTTEN_S:
-            log.warning("[image %s] is refused: %s", image, how)
+            log.warning("is refused: %s", how, image=image)
             self.refused[image] = how
         self._crashed_s[image] = now_s
 

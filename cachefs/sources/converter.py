@@ -9,7 +9,6 @@ file.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import socket
@@ -20,12 +19,13 @@ from typing import Protocol
 
 import trio
 
+from cachefs import logs
 from cachefs.errors import CachefsError, OriginError, OriginUnavailable
 from cachefs.sandbox import LIMITS, NOBODY, Account, Ending, Limits, sandboxed
 from cachefs.sources.nbd import Client, NbdBroken, connect
 from cachefs.sources.nbd_input import Input, InputServer, OpenInput
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 TOOL = "qemu-nbd"
 SEARCHED = "/usr/local/bin:/usr/bin:/bin"
@@ -164,7 +164,7 @@ class Converter:
         except (CachefsError, OSError) as error:
             self.failure = ConverterUnusable(self.image, f"{type(error).__name__}: {error}")
         except Exception:  # A bug in one is an error of its readers, not the end of everybody's mount.
-            log.exception("[image %s] unexpected failure of a converter", self.image)
+            log.exception("unexpected failure of a converter", image=self.image)
             self.failure = ConverterUnusable(self.image, "unexpected failure")
         finally:
             self.leaving = True
@@ -225,10 +225,10 @@ class Converter:
 
     def _verdict(self, ending: Ending) -> OriginError:
         if ending.failed:
-            log.warning("[image %s] %s %s", self.image, TOOL, ending)
+            log.warning("%s %s", TOOL, ending, image=self.image)
             return ConverterUnusable(self.image, f"{TOOL} {ending}")
         how = self._reason if self._stuck or ending.stopped == "asked" else str(ending)
-        log.warning("[image %s] %s: %s (it said: %s)", self.image, TOOL, how, ending.said or "nothing")
+        log.warning("%s: %s (it said: %s)", TOOL, how, ending.said or "nothing", image=self.image)
         return self.input_error(trio.current_time() - self._patience_s) or Crashed(self.image, f"{TOOL}: {how}")
 
 

@@ -7,23 +7,24 @@ or another format is refused by whoever opens the store, and everything stays wh
 
 from __future__ import annotations
 
-import logging
 import os
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
+from cachefs import logs
 from cachefs.errors import IndexCorrupt, StoreFormat, StoreUnusable
 from cachefs.store import pages
 from cachefs.store.folder import ASIDE, DATA, INDEX, SEGMENTS
 from cachefs.store.format import Table
 from cachefs.store.segments import sync_folder
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 TABLES = {t.name.lower(): pages.DUPSORT | pages.DUPFIXED if t is Table.DIGESTS else 0 for t in Table}
 # Those that every store has had.
-FIRST = set(TABLES) - {t.name.lower() for t in (Table.USES, Table.LEASES)}
+_LATER = (Table.USES, Table.LEASES, Table.PRECACHE, Table.TRACES, Table.BLOCK_DIGESTS)
+FIRST = set(TABLES) - {t.name.lower() for t in _LATER}
 # Read whole by every start anyway. The others are looked at where a start may take its time.
 SMALL = {t.name.lower() for t in (Table.META, Table.IMAGES, Table.VIEWS, Table.SEGMENTS, Table.PUNCHES)}
 

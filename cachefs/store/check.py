@@ -50,10 +50,13 @@ from cachefs.store.survey import (
     ROTTEN,
     UNDECODABLE,
     Survey,
+    decode_block_digests,
     decode_chunk,
     decode_lease,
+    decode_precache,
     decode_segment,
     decode_span,
+    decode_trace,
     decode_uses,
     decode_view,
 )
@@ -216,6 +219,9 @@ class _Check:
         self._read_images()
         self._read_uses()
         self._read_leases()
+        self._read_precache()
+        self._read_traces()
+        self._read_block_digests()
         self._read_segments()
         self._read_punches()
         self._read_chunks()
@@ -298,6 +304,25 @@ class _Check:
     def _read_leases(self) -> None:
         for _key, _ in self._decoded(Table.LEASES, decode_lease):
             pass
+
+    def _read_precache(self) -> None:
+        for _key, _ in self._decoded(Table.PRECACHE, decode_precache, Severity.NOTE):
+            pass
+
+    def _read_traces(self) -> None:
+        for _key, _ in self._decoded(Table.TRACES, decode_trace, Severity.NOTE):
+            pass
+
+    def _read_block_digests(self) -> None:
+        """What is wrong here costs the protection of what is fetched again, and no byte."""
+        for key, record in self._items(Table.BLOCK_DIGESTS):
+            where = f"block_digests {key.hex()}"
+            try:
+                decode_block_digests(key, record, self.survey)
+            except KeyError:
+                self._report.note("there is no such view", where)
+            except UNDECODABLE:
+                self._report.note(UNREADABLE, where)
 
     def _read_segments(self) -> None:
         for key, record in self._decoded(Table.SEGMENTS, decode_segment):

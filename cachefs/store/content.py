@@ -10,7 +10,6 @@ and compares before it believes what it read.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 import time
@@ -25,11 +24,13 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
+from cachefs import logs
 from cachefs.errors import Absent, ImageCondemned, RecordCorrupt, StoreError
 from cachefs.plan.compaction import Sealed
 from cachefs.plan.cutting import CHUNK_PAGES_MAX
 from cachefs.plan.extents import PAGE, Extent, ceil, pieces
 from cachefs.store import format as f
+from cachefs.store.digests import Digests
 from cachefs.store.format import OriginMode, SpanNo, Table, ViewKind, ViewNo, ViewRecord
 from cachefs.store.health import DiskUnusable, Health, is_disk_fault, read_probe, write_probe
 from cachefs.store.index import MAP_SIZE_FIRST, Index, Snapshot
@@ -37,13 +38,14 @@ from cachefs.store.landing import Landed, Lander
 from cachefs.store.ledger import Ledger
 from cachefs.store.recipe import ABSENT, HOLE, Run, SpanMap, absent_recipe, places, unverified
 from cachefs.store.recover import Opened, open_store
-from cachefs.store.segments import RWF_NOWAIT
+from cachefs.store.segments import RWF_NOWAIT, CutShort
 from cachefs.store.verified import Verified
 from cachefs.store.writer import (
     Doubt,
     Drop,
     DropView,
     Land,
+    LandZeros,
     Mend,
     Move,
     Put,
@@ -55,7 +57,7 @@ from cachefs.store.writer import (
     Writer,
 )
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 # What the kernel asks for at most in one FUSE read (256 pages), and some room.
 READ_MAX = 4 << 20
@@ -238,18 +240,45 @@ class StoredView:
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """The bytes, from the disk if need be: one thread hop. Chunks that were not verified since the start are
         read whole and compared with their digests first. Raises Absent when a byte is not there, or not right;
-        DiskUnusable when the disk cannot say."""
+        DiskUnusable when the disk cannot say: with what came before, where it failed at one place."""
         whole = Extent(offset, offset + length)
         while True:
             runs = await self._load_runs(whole)
             reading = _DiskRead(self._store, self.number, self._shift, whole, runs)
             await self._store.read_disk("a read", reading.run)
-            # What was read may have been replaced and punched meanwhile: believe it only if it still stands.
-            if places(await self._load_runs(whole)) == places(runs):
+            if await self._stands(reading, whole, runs):
                 self._note_verified(reading.verified)
-                if reading.failed_at is None:
-                    return reading.out
-                raise Absent(self.number, reading.failed_at)
+                assert isinstance(reading.out, bytearray), "it made its own"
+                return reading.out
+
+    async def look_at(self, offset: int, into: memoryview, look: Callable[[memoryview], T]) -> T:
+        """What `look` says of the bytes from `offset`, as many as `into` has room for, in the thread that read
+        them there. It is asked again when they were replaced meanwhile: then what it said before is void. No use
+        of the view, as eviction counts them. Raises as `read`; a late thread may still write to `into` then."""
+        whole = Extent(offset, offset + len(into))
+        while True:
+            runs = await self._load_runs(whole)
+            reading = _DiskRead(self._store, self.number, self._shift, whole, runs, into)
+            said = await self._store.read_disk("a read", reading.run_and, look)
+            if await self._stands(reading, whole, runs):
+                self._note_verified(reading.verified, used=False)
+                assert said, "it did not fail"
+                return said[0]
+
+    async def _stands(self, reading: _DiskRead, whole: Extent, runs: list[Run]) -> bool:
+        """Whether what was read may be believed: it may have been replaced and punched meanwhile. Raises what it
+        failed with, if that still stands."""
+        for error in reading.errors:
+            self._store.health.reads.note_error(f"a read: {error.strerror}")
+        if places(await self._load_runs(whole)) != places(runs):
+            return False
+        if reading.failed_at is None:
+            return True
+        self._note_verified(reading.verified)
+        if reading.disk_failed:
+            came = bytearray(reading.out[: reading.failed_at - whole.start])
+            raise DiskUnusable(f"a read: {reading.errors[0].strerror}", reading.failed_at, came)
+        raise Absent(self.number, reading.failed_at)
 
     async def _load_runs(self, whole: Extent) -> list[Run]:
         await self.load(whole)
@@ -262,7 +291,7 @@ class StoredView:
             for run in self._maps[part.start >> self._shift].locate(part.start & self._mask, part.length)
         ]
 
-    def _note_verified(self, verified: Mapping[SpanNo, list[tuple[Extent, Run]]]) -> None:
+    def _note_verified(self, verified: Mapping[SpanNo, list[tuple[Extent, Run]]], *, used: bool = True) -> None:
         for span, found in verified.items():
             span_map = self._maps.get(span)
             if span_map is None:
@@ -273,7 +302,7 @@ class StoredView:
             ]
             if same:
                 self._put_map(span, span_map.with_verified(same))
-                self._maps[span].used = True
+                self._maps[span].used |= used
 
     async def doubt(self, offset: int) -> None:
         """The byte at `offset` should be here and could not be read: its chunk is looked at, and quarantined
@@ -352,10 +381,16 @@ class StoredView:
 
     def publish(self, landed: Landed) -> None:
         self._loading.pop(landed.span, None)
-        self._put_map(landed.span, landed.map)
-        if landed.cached < self.record.cached:
-            self._store.on_loss(self)
+        if landed.map is not None:
+            self._put_map(landed.span, landed.map)
+        else:
+            self._maps.pop(landed.span, None)
+        was = self.record.cached
         self.record = self.record.with_cached(landed.cached)
+        if landed.cached < was:
+            self._store.on_loss(self)
+        elif was < self.record.size <= landed.cached:
+            self._store.on_whole(self)
 
     def forget_maps(self) -> None:
         self._loading.clear()
@@ -372,15 +407,29 @@ class StoredView:
 
 class _DiskRead:
     """One read in a thread. `out` is filled up to `failed_at` (an offset of the view), or whole; `verified` are
-    the chunks that were found to have their digests, as extents of their spans, and where they lie."""
+    the chunks that were found to have their digests, as extents of their spans, and where they lie. `errors` are
+    the disk's, each once; `disk_failed`: one of them is why it ended at `failed_at`."""
 
-    def __init__(self, store: Store, view: ViewNo, shift: int, whole: Extent, runs: list[Run]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        view: ViewNo,
+        shift: int,
+        whole: Extent,
+        runs: list[Run],
+        out: memoryview | None = None,
+    ) -> None:
+        """`out`: used, as large as `whole`; a new one when None."""
         self._store, self._view, self._shift, self._whole, self._runs = store, view, shift, whole, runs
-        self.out = bytearray(whole.length)
+        self._used = out is not None
+        self.out: bytearray | memoryview = bytearray(whole.length) if out is None else out
         self.failed_at: int | None = None
+        self.disk_failed = False
+        self.errors: list[OSError] = []
         self.verified: dict[SpanNo, list[tuple[Extent, Run]]] = {}
         self._unsynced: set[f.SegmentNo] = set()
-        self._span = SpanNo(0)
+        self._span: SpanNo | None = None
+        self._recipe: f.Recipe = ()  # Of that span.
         self._buffer = memoryview(b"")  # For one chunk, where chunks are verified.
 
     def run(self) -> None:
@@ -388,61 +437,94 @@ class _DiskRead:
         at = self._whole.start
         # Some filesystems drop pages that they could not write; before the sync that says so they read as zeros.
         self._unsynced = self._store.writer.ledger.uncommitted_segments()
-        for segment, source, n in self._runs:
-            part = buffer[at - self._whole.start : at - self._whole.start + n]
-            if segment == ABSENT:
-                got = 0
-            elif segment == HOLE:
-                got = n
-            elif segment > HOLE and segment not in self._unsynced:
-                got = self._store.segments.read_into(f.SegmentNo(segment), source, part)
-            else:
-                got = self._verify(at, part)
-            if got < n:
-                self._store.read_errors += segment != ABSENT
-                self.failed_at = at + got
+        for run in self._runs:
+            got = self._fill(run, at, buffer[at - self._whole.start : at - self._whole.start + run.length])
+            if got < run.length:
+                self._store.read_errors += run.segment != ABSENT
+                self.failed_at, self.disk_failed = at + got, bool(self.errors)
                 return
-            at += n
+            at += run.length
+        if self.verified and self._whole.length >= _LONG_READ:
+            self._verify_ahead()
+
+    def run_and(self, look: Callable[[memoryview], T]) -> tuple[T] | None:
+        """The same, and what `look` says of all that was read; None where that is not all."""
+        self.run()
+        return (look(memoryview(self.out)),) if self.failed_at is None else None
+
+    def _fill(self, run: Run, at: int, out: memoryview) -> int:
+        """Fills `out` from offset `at` of the view, where `run` is; returns how many bytes are right."""
+        if run.segment == ABSENT:
+            return 0
+        if run.segment == HOLE:
+            if self._used:
+                out[:] = bytes(run.length)
+            return run.length
+        if run.segment > HOLE and run.segment not in self._unsynced:
+            return self._read(f.SegmentNo(run.segment), run.offset, out)
+        return self._verify(at, out)
+
+    def _read(self, segment: f.SegmentNo, offset: int, into: memoryview) -> int:
+        """How many bytes of `into` the segment gave: less than all where it ends, or where the disk failed."""
+        try:
+            return self._store.segments.read_into(segment, offset, into)
+        except OSError as error:
+            if not is_disk_fault(error):
+                raise
+            self.errors.append(error)
+            return error.got if isinstance(error, CutShort) else 0
 
     def _verify(self, at: int, out: memoryview) -> int:
         """Fills `out` from offset `at` of the view, all in one span, with bytes of chunks that have their digests;
-        returns how many bytes that were. After a long read some more chunks are verified: who reads in order comes
-        to them next, and each hop to a thread costs more than they do."""
+        returns how many bytes that were."""
         base = at & -self._store.span_size
         wanted = Extent(at - base, at - base + len(out))
-        looked_at = wanted
-        if self._whole.length >= _LONG_READ:
-            looked_at = Extent(wanted.start, wanted.end + self._whole.length * _VERIFY_AHEAD)
-        self._span = SpanNo(base >> self._shift)
-        got, end = 0, 0
-        ledger = self._store.writer.ledger
-        for kind, pages, chunk_id in ledger.recipe(self._view, self._span) or ():
-            start, end = end, end + pages * PAGE
-            if end <= looked_at.start:
-                continue
-            if start >= looked_at.end:
+        got = 0
+        for chunk_id, chunk, extent in self._chunks(base, wanted):
+            part = extent.clamp(wanted)
+            if chunk is None:
+                break  # It was a chunk when the map was made: whoever compares will look again.
+            into = out[part.start - wanted.start : part.end - wanted.start]
+            if not self._read_chunk(chunk_id, chunk, extent, part, into):
                 break
-            chunk = ledger.chunk(chunk_id) if kind is f.Kind.CHUNK else None
-            if chunk is None or chunk.rotten:
-                if start < wanted.end:
-                    break  # It was a chunk when the map was made: whoever compares will look again.
-                continue
-            part = Extent(start, end).clamp(wanted) if start < wanted.end else Extent(0, 0)
-            into = out[part.start - wanted.start : part.end - wanted.start] if part.length else out[:0]
-            right = self._read_chunk(chunk_id, chunk, Extent(start, end), part, into)
-            got += len(into) if right else 0
-            if not right and start < wanted.end:
-                break
+            got += len(into)
         return got
+
+    def _verify_ahead(self) -> None:
+        """Verifies some chunks behind a long read: who reads in order comes to them next, and each hop to a thread
+        costs more than they do. Nobody waits for them: where one cannot be read, the rest is left as it is."""
+        base = (self._whole.end - 1) & -self._store.span_size
+        end = self._whole.end - base
+        for chunk_id, chunk, extent in self._chunks(base, Extent(end, end + self._whole.length * _VERIFY_AHEAD)):
+            if chunk is not None:
+                self._read_chunk(chunk_id, chunk, extent, Extent(extent.end, extent.end), memoryview(b""))
+            if self.errors:
+                return
+
+    def _chunks(self, base: int, wanted: Extent) -> Iterator[tuple[f.ChunkId, f.Chunk | None, Extent]]:
+        """What the span that begins at `base` has in `wanted` (of the span); None for what is no usable chunk."""
+        ledger = self._store.writer.ledger
+        span = SpanNo(base >> self._shift)
+        if span != self._span:
+            self._span, self._recipe = span, ledger.recipe(self._view, span) or ()
+        start = end = 0
+        for kind, pages, chunk_id in self._recipe:
+            start, end = end, end + pages * PAGE
+            if end <= wanted.start:
+                continue
+            if start >= wanted.end:
+                return
+            chunk = ledger.chunk(chunk_id) if kind is f.Kind.CHUNK else None
+            yield chunk_id, None if chunk is None or chunk.rotten else chunk, Extent(start, end)
 
     def _read_chunk(
         self, chunk_id: f.ChunkId, chunk: f.Chunk, extent: Extent, part: Extent, into: memoryview
     ) -> bool:
         """Reads `part` of the chunk that is `extent` of its span. False when its bytes are not right."""
-        source = chunk.offset + part.start - extent.start
+        assert self._span is not None, "it is a chunk of that span"
         place = Run(chunk.segment, chunk.offset, chunk.length)
         if chunk_id in self._store.verified and chunk.segment not in self._unsynced:
-            if self._store.segments.read_into(chunk.segment, source, into) != len(into):
+            if self._read(chunk.segment, chunk.offset + part.start - extent.start, into) != len(into):
                 return False
             # By another way than this map's: the next read need not come here.
             self.verified.setdefault(self._span, []).append((extent, place))
@@ -450,7 +532,7 @@ class _DiskRead:
         if not self._buffer:
             self._buffer = memoryview(bytearray(CHUNK_PAGES_MAX * PAGE))
         stored = self._buffer[: chunk.length]
-        full = self._store.segments.read_into(chunk.segment, chunk.offset, stored) == chunk.length
+        full = self._read(chunk.segment, chunk.offset, stored) == chunk.length
         if not full or f.digest_of(stored) != chunk.digest:
             return False
         if chunk.segment not in self._unsynced:
@@ -478,6 +560,7 @@ class Store:
         # Set by whoever makes room, and whoever mends: see `Evictor` and `Scrubber`.
         self.on_full: Callable[[int], None] | None = None
         self.on_loss: Callable[[StoredView], None] = lambda view: None  # Something of it went.
+        self.on_whole: Callable[[StoredView], None] = lambda view: None  # Its last byte has come.
         self.on_rot: Callable[[Sequence[f.ChunkId]], None] = lambda chunks: None
         self.used_and_forgotten: deque[tuple[ViewNo, int]] = deque(maxlen=MAPS_MAX)  # Spans whose maps went.
         self._opened = opened
@@ -525,6 +608,8 @@ class Store:
             commit_interval_s,
             self.health.writes.patiently,
         )
+        self.digests = Digests(self)
+        self.digests.load_marks()
 
     @classmethod
     def open(
@@ -602,6 +687,7 @@ class Store:
             view = self._by_image.pop(key)
             view.record = replace(view.record, kind=ViewKind.ENDED)
             self.writer.submit(SetView(view.number, view.record))
+        self.digests.changed.pop(image, None)
 
     def set_origin(self, view: StoredView, origin: OriginMode) -> None:
         """Remembers how the origin gives the image's bytes."""
@@ -626,6 +712,18 @@ class Store:
             return
         span = SpanNo(offset // self.span_size)
         self.writer.submit(Land(view.number, span, offset - span * self.span_size, data, done))
+
+    async def keep_zeros(self, view: StoredView, spans: Sequence[SpanNo]) -> list[SpanNo]:
+        """Those of `spans` of which nothing is here are zeros from now on, without a byte being moved. Returns
+        those that have something else than zeros by their map. Raises StoreError when nothing is kept now."""
+        if not self.health.may_write:
+            raise StoreError("nothing is kept while the disk is not well")
+        reply: Reply[list[SpanNo] | None] = Reply(None)
+        self.writer.submit(LandZeros(view.number, spans, reply))
+        others = await reply.wait()
+        if others is None:
+            raise StoreError(self.writer.trouble or "there is no room for its index")
+        return others
 
     # ── taking back ──
 
@@ -708,6 +806,7 @@ class Store:
         found = self._views.get(view)
         if found is not None and found.record.kind is ViewKind.ENDED and not found.cached:
             del self._views[view]
+            self.digests.forget(view)
             self.writer.submit(DropView(view))
 
     async def flush(self) -> None:
@@ -838,6 +937,8 @@ class Store:
         for number, record in views.items():
             if number in self._views:  # What was decided since, and not committed, still stands.
                 mine = self._views[number]
+                if record.cached < mine.record.cached:
+                    self.on_loss(mine)
                 mine.record = mine.record.with_cached(record.cached)
 
     def full(self, wanted: int) -> bool:
@@ -928,6 +1029,7 @@ class _Committed:
     def __init__(self, index: Index) -> None:
         self._index = index
         self._batch = threading.local()
+        self._repeats = logs.Repeats(log)  # Whoever looks a record up says it.
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -952,7 +1054,7 @@ class _Committed:
             try:
                 return snapshot.recipe(view, span)
             except RecordCorrupt as error:
-                log.error("%s: taken for absent", error)
+                self._repeats.error("recipe", "%s: taken for absent", error)
                 return None
 
     def chunk(self, chunk: f.ChunkId) -> f.Chunk | None:
@@ -960,7 +1062,7 @@ class _Committed:
             try:
                 return snapshot.chunk(chunk)
             except RecordCorrupt as error:
-                log.error("%s: taken for lost", error)
+                self._repeats.error("chunk", "%s: taken for lost", error)
                 return None
 
     def candidates(self, digest: bytes, most: int) -> list[f.ChunkId]:

@@ -12,13 +12,14 @@ import json
 import struct
 from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
+from hashlib import blake2b
 from typing import Any, NamedTuple, NewType
 from uuid import UUID
 
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from cachefs.errors import RecordCorrupt, StoreFormat
-from cachefs.plan.extents import PAGE
+from cachefs.plan.extents import BLOCK, PAGE
 
 FORMAT = 1
 MAGIC = b"cachefs\0"
@@ -49,6 +50,9 @@ class Table(IntEnum):
     PUNCHES = 8
     USES = 9
     LEASES = 10
+    PRECACHE = 11
+    TRACES = 12
+    BLOCK_DIGESTS = 13
 
 
 # ── Seals ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -390,7 +394,7 @@ class UseFlag(IntFlag):
     """What is known of a span besides when it was last read."""
 
     TWICE = 1  # Read again some time after it came: not just passed over once.
-    BOOT = 2  # Among the first that were read at random after the image was opened.
+    BOOT = 2  # Holds blocks of the image's boot trace.
 
 
 class UsesRecord(NamedTuple):
@@ -420,10 +424,11 @@ def split_uses_key(key: bytes) -> tuple[ViewNo, int]:
 
 
 class LeaseReason(IntEnum):
-    """Why an image may not be evicted, where that outlives the daemon. (An open handle does not.) 2 and 3 are kept
-    for a recent touch and for a disk that names the image."""
+    """Why an image may not be evicted, where that outlives the daemon. (An open handle does not.)"""
 
     PIN = 1
+    TOUCH = 2  # Of one file of the image: behind the UUID and this, which one.
+    DISK = 3
 
 
 _LEASE = struct.Struct("<dd")
@@ -443,10 +448,243 @@ class LeaseRecord(NamedTuple):
         return cls(*_LEASE.unpack(unseal(Table.LEASES, key, record)))
 
 
+_TOUCH_LEASE = struct.Struct("<qqd")
+_TOUCH_FILE = struct.Struct(">BQ")
+
+
+class TouchRecord(NamedTuple):
+    """The times that somebody gave one file of an image, in nanoseconds since 1970, and for how many more seconds
+    of a running daemon that is a lease: no clock can end it by being wrong."""
+
+    atime_ns: int
+    mtime_ns: int
+    left_s: float
+
+    def encode(self, key: bytes) -> bytes:
+        return seal(Table.LEASES, key, _TOUCH_LEASE.pack(*self))
+
+    @classmethod
+    def decode(cls, key: bytes, record: bytes) -> TouchRecord:
+        return cls(*_TOUCH_LEASE.unpack(unseal(Table.LEASES, key, record)))
+
+
+_DISKS_LEASE = struct.Struct("<ddI")
+_DISK = struct.Struct("<BQH")
+
+
+class DiskEntry(NamedTuple):
+    """An instance disk: its `path`; by which file of the image it names it; on which filesystem it was seen, as a
+    number (0: not known)."""
+
+    path: bytes
+    kind: ViewKind
+    place: int
+
+
+class DisksRecord(NamedTuple):
+    """Instance disks that name an image: `total` of them, since `since_s` (seconds since 1970); some of these are
+    `disks`. For `left_s` more seconds of a running daemon this is a lease after the last of them is gone."""
+
+    since_s: float
+    left_s: float
+    total: int
+    disks: tuple[DiskEntry, ...]
+
+    def encode(self, key: bytes) -> bytes:
+        head = _DISKS_LEASE.pack(self.since_s, self.left_s, self.total)
+        disks = (_DISK.pack(disk.kind, disk.place, len(disk.path)) + disk.path for disk in self.disks)
+        return seal(Table.LEASES, key, head + b"".join(disks))
+
+    @classmethod
+    def decode(cls, key: bytes, record: bytes) -> DisksRecord:
+        """Raises RecordCorrupt."""
+        payload = unseal(Table.LEASES, key, record)
+        try:
+            since_s, left_s, total = _DISKS_LEASE.unpack_from(payload)
+            at, disks = _DISKS_LEASE.size, []
+            while at < len(payload):
+                kind, place, length = _DISK.unpack_from(payload, at)
+                at += _DISK.size + length
+                disks.append(DiskEntry(payload[at - length : at], ViewKind(kind), place))
+            if at != len(payload):
+                raise ValueError
+        except (ValueError, struct.error):
+            raise RecordCorrupt("leases", key) from None
+        return cls(since_s, left_s, total, tuple(disks))
+
+
 def lease_key(image: str, reason: LeaseReason) -> bytes:
     return UUID(image).bytes + bytes((reason,))
+
+
+def touch_key(image: str, kind: ViewKind, size: int) -> bytes:
+    """`kind` is the folder of the file: ORIGINAL, RAW or RESIZED. `size` is 0 but for the last."""
+    return lease_key(image, LeaseReason.TOUCH) + _TOUCH_FILE.pack(kind, size)
+
+
+def split_touch_key(key: bytes) -> tuple[str, ViewKind, int]:
+    """Raises ValueError or struct.error for what is none."""
+    kind, size = _TOUCH_FILE.unpack(key[17:])
+    return str(UUID(bytes=key[:16])), ViewKind(kind), size
 
 
 def split_lease_key(key: bytes) -> tuple[str, LeaseReason]:
     """Raises ValueError for a reason of a later cachefs: to be left alone."""
     return str(UUID(bytes=key[:16])), LeaseReason(key[16])
+
+
+# ── pre-caching ───────────────────────────────────────────────────────────────────────────────────────
+
+_OPENS = struct.Struct("<dd")
+_HOLD = struct.Struct("<BBd")
+
+
+class PrecacheKind(IntEnum):
+    """What a record of `precache` is: the first byte of its key, before the image's UUID."""
+
+    OPENS = 1
+    HOLD = 2  # And behind the UUID the name of a policy.
+
+
+class OpensRecord(NamedTuple):
+    """How often an image was opened here, as it was at `at_s` (seconds since 1970): `opens` halves in each
+    week."""
+
+    opens: float
+    at_s: float
+
+    def encode(self, key: bytes) -> bytes:
+        return seal(Table.PRECACHE, key, _OPENS.pack(*self))
+
+    @classmethod
+    def decode(cls, key: bytes, record: bytes) -> OpensRecord:
+        return cls(*_OPENS.unpack(unseal(Table.PRECACHE, key, record)))
+
+
+class HoldRecord(NamedTuple):
+    """What a policy decided of an image, and was done: `pinned` or only held; whether the reason was the word of
+    the image's owner; since when (seconds since 1970), and why in words."""
+
+    pinned: bool
+    owners_word: bool
+    since_s: float
+    reason: str
+
+    def encode(self, key: bytes) -> bytes:
+        head = _HOLD.pack(self.pinned, self.owners_word, self.since_s)
+        return seal(Table.PRECACHE, key, head + self.reason.encode(errors="replace"))
+
+    @classmethod
+    def decode(cls, key: bytes, record: bytes) -> HoldRecord:
+        payload = unseal(Table.PRECACHE, key, record)
+        pinned, owners_word, since_s = _HOLD.unpack_from(payload)
+        return cls(bool(pinned), bool(owners_word), since_s, payload[_HOLD.size :].decode())
+
+
+def opens_key(image: str) -> bytes:
+    return bytes((PrecacheKind.OPENS,)) + UUID(image).bytes
+
+
+def hold_key(image: str, policy: str) -> bytes:
+    return bytes((PrecacheKind.HOLD,)) + UUID(image).bytes + policy.encode()
+
+
+def split_precache_key(key: bytes) -> tuple[PrecacheKind, str, str]:
+    """Kind, image, and policy ("" of an open). Raises ValueError for a kind of a later cachefs."""
+    return PrecacheKind(key[0]), str(UUID(bytes=key[1:17])), key[17:].decode()
+
+
+# ── traces ────────────────────────────────────────────────────────────────────────────────────────────
+
+_TRACE = struct.Struct("<QddI")
+_TRACE_RUN = struct.Struct("<IHHB")
+
+
+class TraceRun(NamedTuple):
+    """`blocks` blocks of a view from block `first` on, which were first touched one after the other, `at` tenths
+    of a second after the image was opened. `age`: how many recordings since did not touch them."""
+
+    first: int
+    blocks: int
+    at: int
+    age: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRecord:
+    """A boot trace: what is read first of a view of `size` bytes, in the order of need. Times are seconds since
+    1970: when it was last recorded, and last used. `recordings` went into it; 0: it was imported."""
+
+    size: int
+    recorded_s: float
+    used_s: float
+    recordings: int
+    runs: tuple[TraceRun, ...]
+
+    def encode(self, key: bytes) -> bytes:
+        head = _TRACE.pack(self.size, self.recorded_s, self.used_s, self.recordings)
+        return seal(Table.TRACES, key, head + b"".join(_TRACE_RUN.pack(*run) for run in self.runs))
+
+    @classmethod
+    def decode(cls, key: bytes, record: bytes) -> TraceRecord:
+        payload = unseal(Table.TRACES, key, record)
+        runs = tuple(TraceRun(*values) for values in _TRACE_RUN.iter_unpack(payload[_TRACE.size :]))
+        size, recorded_s, used_s, recordings = _TRACE.unpack(payload[: _TRACE.size])
+        return cls(size, recorded_s, used_s, recordings, runs)
+
+
+def trace_key(content: str, kind: ViewKind) -> bytes:
+    """`content` names the bytes of an image: by their hash, or by its id where that is not known."""
+    return bytes((kind,)) + content.encode("ascii")
+
+
+def split_trace_key(key: bytes) -> tuple[str, ViewKind]:
+    """Raises ValueError for what is none."""
+    if not key:
+        raise ValueError("an empty key")
+    return key[1:].decode("ascii"), ViewKind(key[0])
+
+
+# ── digests of blocks ─────────────────────────────────────────────────────────────────────────────────
+
+BLOCK_DIGEST_BYTES = 16
+_MARK = struct.Struct("<Q")
+
+
+def block_digests(data: memoryview | bytes | bytearray) -> bytes:
+    """One digest after the other of the blocks of `data`, the last of which may be cut short: BLAKE2b, because an
+    image must not be able to have another one's bytes taken for its own. A millisecond for a MiB: for a thread."""
+    blocks = (data[at : at + BLOCK] for at in range(0, len(data), BLOCK))
+    return b"".join(blake2b(block, digest_size=BLOCK_DIGEST_BYTES).digest() for block in blocks)
+
+
+_ZERO_BLOCK = block_digests(bytes(BLOCK))
+
+
+def encode_block_digests(key: bytes, digests: bytes) -> bytes:
+    """The digests of a span's blocks, in order; nothing where all of them are whole blocks of zeros. `key` is the
+    span's."""
+    zeros = digests == _ZERO_BLOCK * (len(digests) // BLOCK_DIGEST_BYTES)
+    return seal(Table.BLOCK_DIGESTS, key, b"" if zeros else digests)
+
+
+def decode_block_digests(key: bytes, record: bytes, blocks: int) -> bytes:
+    """Of a span of so many blocks. Raises RecordCorrupt also for those of another number."""
+    digests = unseal(Table.BLOCK_DIGESTS, key, record) or _ZERO_BLOCK * blocks
+    if len(digests) != blocks * BLOCK_DIGEST_BYTES:
+        raise RecordCorrupt(Table.BLOCK_DIGESTS.name.lower(), key)
+    return digests
+
+
+def encode_digests_mark(view: ViewNo, size: int) -> bytes:
+    """Under the view's own key: all of its `size` bytes were compared with Glance's hash when the digests of its
+    spans were made. Without it none of them is believed."""
+    return seal(Table.BLOCK_DIGESTS, view_key(view), _MARK.pack(size))
+
+
+def decode_digests_mark(key: bytes, record: bytes) -> int:
+    """The view's size. Raises RecordCorrupt."""
+    payload = unseal(Table.BLOCK_DIGESTS, key, record)
+    if len(payload) != _MARK.size:
+        raise RecordCorrupt(Table.BLOCK_DIGESTS.name.lower(), key)
+    return int(_MARK.unpack(payload)[0])

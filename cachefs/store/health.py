@@ -49,10 +49,11 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
+from cachefs import logs
 from cachefs.errors import StoreError
 from cachefs.plan.extents import PAGE
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -97,11 +98,12 @@ def is_disk_fault(error: OSError) -> bool:
 
 
 class DiskUnusable(StoreError):
-    """The disk was not asked, failed, or did not answer in time; `why` in words."""
+    """The disk was not asked, failed, or did not answer in time; `why` in words. Where it failed at one place of a
+    view, that is `offset`, and `before` is what was wanted and came before it."""
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, offset: int | None = None, before: bytes | bytearray = b"") -> None:
         super().__init__(why)
-        self.why = why
+        self.why, self.offset, self.before = why, offset, before
 
 
 class State(IntEnum):

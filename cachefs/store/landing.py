@@ -8,13 +8,13 @@ ledger, so that a failed write leaves the ledger as it was and at most some byte
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cachefs import logs
 from cachefs.errors import StoreFull
 from cachefs.plan.cutting import cut
 from cachefs.plan.extents import PAGE, ceil
@@ -44,16 +44,18 @@ from cachefs.store.recipe import (
 from cachefs.store.segments import Segments
 from cachefs.store.verified import Verified
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
+
+ZEROS_RECORD_BYTES = 128  # Of the index, for a span that is zeros: its record and its share of pages.
 
 
 class Landed(NamedTuple):
     """A span as it is now, whether it gained bytes or lost them. `cached` is how many bytes of the whole view
-    are present."""
+    are present. Without a map it is to be looked up."""
 
     view: ViewNo
     span: SpanNo
-    map: SpanMap
+    map: SpanMap | None
     cached: int
 
 
@@ -84,6 +86,7 @@ class Lander:
         # were zeros.
         self.bytes_landed = self.bytes_shared = self.bytes_zero = 0
         self.rotten_found = 0
+        self._repeats = logs.Repeats(log)  # A disk that rots has millions of chunks.
         # Since somebody last took them: rotten, and such as the disk did not give.
         self.newly_rotten: list[ChunkId] = []
         self.newly_unreadable: list[ChunkId] = []
@@ -134,6 +137,26 @@ class Lander:
         self.bytes_zero += zero
         self.bytes_shared += filled - zero - live
         return self._landed(view, span, recipe, new)
+
+    def land_zeros(self, view: ViewNo, spans: Sequence[SpanNo]) -> tuple[list[Landed], list[SpanNo]]:
+        """Those of `spans` of which nothing is here become holes. There may be very many: their maps are made when
+        somebody reads them. Also those that have something else. Raises StoreFull."""
+        if not self._room(len(spans) * ZEROS_RECORD_BYTES):
+            raise StoreFull(len(spans) * ZEROS_RECORD_BYTES)
+        landed, others = [], []
+        size = self._ledger.views[view].size
+        for span in spans:
+            old = self._ledger.recipe(view, span)
+            if old is not None:
+                if any(entry.kind is not Kind.HOLE for entry in old):
+                    others.append(span)
+            else:
+                recipe = (Entry(Kind.HOLE, self.span_pages(view, span), NO_CHUNK),)
+                here = present_bytes(recipe, size - span * self._span_size)
+                self._ledger.set_recipe(view, span, recipe, {}, here)
+                self.bytes_zero += here
+                landed.append(Landed(view, span, None, self._ledger.views[view].cached))
+        return landed, others
 
     def _landed(self, view: ViewNo, span: SpanNo, recipe: Recipe, new: Mapping[ChunkId, Chunk]) -> Landed:
         """What was just written is read at once: its pages are the ones that were hashed."""
@@ -235,7 +258,7 @@ class Lander:
         try:
             stored = self._segments.read(chunk.segment, chunk.offset, chunk.length)
         except OSError as error:
-            log.error("segment %d, offset %d: %s", chunk.segment, chunk.offset, error)
+            self._could_not_read(chunk, error)
             if self._disk_is_well():
                 self.newly_unreadable.append(chunk_id)
                 self._ledger.mark_rotten(chunk_id)
@@ -280,15 +303,21 @@ class Lander:
         try:
             return self._segments.read(chunk.segment, chunk.offset, chunk.length)
         except OSError as error:
-            log.error("segment %d, offset %d: %s", chunk.segment, chunk.offset, error)
+            self._could_not_read(chunk, error)
             return b""
+
+    def _could_not_read(self, chunk: Chunk, error: OSError) -> None:
+        self._repeats.error(
+            ("read", chunk.segment), "segment %d, offset %d: %s", chunk.segment, chunk.offset, error
+        )
 
     def _check(self, chunk_id: ChunkId, chunk: Chunk, stored: bytes) -> bool:
         if len(stored) == chunk.length and digest_of(stored) == chunk.digest:
             return True
         self.rotten_found += 1
         self.newly_rotten.append(chunk_id)
-        log.error(
+        self._repeats.error(
+            ("rotten", chunk.segment),
             "chunk %d (segment %d, offset %d, %d bytes) is rotten: quarantined, to be fetched again",
             chunk_id, chunk.segment, chunk.offset, chunk.length,
         )  # fmt: skip

@@ -155,7 +155,8 @@ class Ledger:
         assert self.views[view].cached == 0, "its spans would be nobody's"
         del self.views[view]
         self.open.views[view] = None
-        self.open.prefixes_removed.append((Table.USES, f.view_key(view)))
+        for table in (Table.USES, Table.BLOCK_DIGESTS):
+            self.open.prefixes_removed.append((table, f.view_key(view)))
 
     def set_image(self, key: bytes, record: bytes | None, number: int = 0) -> None:
         """Keeps what is known of an image; `number` is the one that it was given, if it was."""

@@ -11,13 +11,13 @@ a hole is a hole). Nothing else needs repair, because every commit is whole or n
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from cachefs import logs
 from cachefs.errors import StoreUnreadable, StoreUnusable
 from cachefs.store import format as f
 from cachefs.store.aside import set_aside, why_unreadable
@@ -42,7 +42,7 @@ from cachefs.store.repair import Repaired, repair
 from cachefs.store.segments import Segments, sync_folder
 from cachefs.store.survey import UNDECODABLE, Survey, decode_segment, decode_view
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 # So many holders in a row that came to no orderly end, and the next start looks at every page of the index.
 CRASHES_MAX = 2

@@ -9,7 +9,6 @@ go. Whatever ends in between leaves a store that the next start finishes.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from bisect import bisect_right
 from collections import Counter
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cachefs import logs
 from cachefs.errors import StoreUnusable
 from cachefs.plan.extents import PAGE, Extent, ceil, floor, subtract
 from cachefs.store import format as f
@@ -43,14 +43,17 @@ from cachefs.store.survey import (
     FOUND,
     UNDECODABLE,
     Survey,
+    decode_block_digests,
     decode_chunk,
     decode_lease,
+    decode_precache,
     decode_span,
+    decode_trace,
     decode_uses,
     decode_view,
 )
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 _BATCH = 4096  # Changes that are held at once.
 
@@ -328,6 +331,9 @@ class _Repair:
             (Table.IMAGES, f.decode_image),
             (Table.USES, self._decode_uses),
             (Table.LEASES, decode_lease),
+            (Table.PRECACHE, decode_precache),
+            (Table.TRACES, decode_trace),
+            (Table.BLOCK_DIGESTS, self._decode_block_digests),
             (Table.META, self._decode_meta),
         )
         for table, decode in hints:
@@ -352,6 +358,12 @@ class _Repair:
         decode_uses(key, record)
         if f.split_uses_key(key)[0] not in self._survey.views:
             raise ValueError
+
+    def _decode_block_digests(self, key: bytes, record: bytes) -> None:
+        try:
+            decode_block_digests(key, record, self._survey)
+        except KeyError:
+            raise ValueError from None
 
     @staticmethod
     def _decode_meta(key: bytes, record: bytes) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import logging
 import os
 import struct
 import threading
@@ -19,9 +18,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cachefs import logs
 from cachefs.store.format import Punch, SegmentNo, segment_name
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 # linux/fiemap.h: start, length, flags, extents mapped, room for extents (0: only count them), reserved.
@@ -34,6 +34,14 @@ RWF_NOWAIT = os.RWF_NOWAIT
 # A longer write makes the kernel look for pages of its own size (up to 2 MiB). In a guest whose host takes free
 # memory back those are the ones that must be faulted in again: measured 2 to 4 s for a GiB, and 0.3 s like this.
 WRITE_BYTES = 256 << 10
+
+
+class CutShort(OSError):
+    """A read that failed after `got` bytes had come."""
+
+    def __init__(self, got: int, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.got = got
 
 
 class Segments:
@@ -132,17 +140,27 @@ class Segments:
                     some[0] = some[0][written:]
 
     def read(self, segment: SegmentNo, offset: int, length: int) -> bytes:
-        """May return less than `length` where the file ends early; may wait for the disk."""
+        """May return less than `length` where the file ends early; may wait for the disk. Raises OSError when that
+        fails, also where some bytes came before."""
         with self._held(segment) as file:
-            return b"" if file is None else os.pread(file, length, offset)
+            found = b"" if file is None else os.pread(file, length, offset)
+            while file is not None and 0 < len(found) < length:
+                more = os.pread(file, length - len(found), offset + len(found))
+                if not more:
+                    break
+                found += more
+            return found
 
     def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> int:
         """Fills `buffer`; returns how many bytes it got, which is less where the file ends. May wait for the disk.
-        Raises OSError when that fails."""
+        Raises OSError when that fails: CutShort where some bytes came before."""
         got = 0
         with self._held(segment) as file:
             while file is not None and got < len(buffer):
-                n = os.preadv(file, (buffer[got:],), offset + got)
+                try:
+                    n = os.preadv(file, (buffer[got:],), offset + got)
+                except OSError as error:
+                    raise CutShort(got, error) from error
                 if n == 0:
                     break
                 got += n

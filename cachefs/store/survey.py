@@ -14,18 +14,25 @@ from collections import Counter as Multiset
 from dataclasses import dataclass, field
 
 from cachefs.errors import RecordCorrupt
-from cachefs.plan.extents import PAGE, Extent
+from cachefs.plan import trace
+from cachefs.plan.extents import BLOCK, PAGE, Extent, ceil
 from cachefs.store import format as f
 from cachefs.store.format import (
     Chunk,
     ChunkId,
     Counters,
+    DisksRecord,
+    HoldRecord,
     LeaseReason,
     LeaseRecord,
+    OpensRecord,
+    PrecacheKind,
     Recipe,
     SegmentNo,
     SegmentRecord,
     Table,
+    TouchRecord,
+    TraceRecord,
     UsesRecord,
     ViewNo,
     ViewRecord,
@@ -67,10 +74,50 @@ def decode_uses(key: bytes, record: bytes) -> UsesRecord:
 
 def decode_lease(key: bytes, record: bytes) -> None:
     """A reason of a later cachefs has its own record: its seal must do."""
-    _require(len(key) == 17)
+    _require(len(key) >= 17)
     f.unseal(Table.LEASES, key, record)
-    if key[16] in list(LeaseReason):
-        LeaseRecord.decode(key, record)
+    if key[16] not in list(LeaseReason):
+        return
+    match LeaseReason(key[16]):
+        case LeaseReason.TOUCH:
+            f.split_touch_key(key)
+            TouchRecord.decode(key, record)
+        case LeaseReason.DISK:
+            _require(len(key) == 17)
+            DisksRecord.decode(key, record)
+        case LeaseReason.PIN:
+            _require(len(key) == 17)
+            LeaseRecord.decode(key, record)
+
+
+def decode_precache(key: bytes, record: bytes) -> None:
+    """A kind of a later cachefs has its own record: its seal must do."""
+    _require(bool(key))
+    f.unseal(Table.PRECACHE, key, record)
+    if key[0] in list(PrecacheKind):
+        kind = f.split_precache_key(key)[0]
+        record_of = OpensRecord.decode if kind is PrecacheKind.OPENS else HoldRecord.decode
+        record_of(key, record)
+
+
+def decode_trace(key: bytes, record: bytes) -> TraceRecord:
+    content, kind = f.split_trace_key(key)
+    _require(trace.is_content(content) and kind in trace.KINDS)
+    found = TraceRecord.decode(key, record)
+    _require(trace.fault(found) is None)
+    return found
+
+
+def decode_block_digests(key: bytes, record: bytes, survey: Survey) -> None:
+    """Of a view that `survey` has. Those of a span that it does not have mean nothing."""
+    view = survey.views[ViewNo(int.from_bytes(key[:4], "big"))]
+    if len(key) == 4:
+        _require(f.decode_digests_mark(key, record) == view.size)
+        return
+    _require(len(key) == 8)
+    held = min(view.size - f.split_span_key(key)[1] * survey.span_size, survey.span_size)
+    _require(held > 0)
+    f.decode_block_digests(key, record, ceil(held, BLOCK) // BLOCK)
 
 
 def _require(sense: bool) -> None:

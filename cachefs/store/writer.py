@@ -12,16 +12,17 @@ write), so the writer goes back to the committed state: everything that landed s
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
+from cachefs import logs
 from cachefs.errors import CachefsError, RecordCorrupt, StoreFull
 from cachefs.store.format import ChunkId, Punch, SegmentNo, SpanNo, Table, ViewNo, ViewRecord
 from cachefs.store.index import Index, WriteSet
@@ -29,7 +30,7 @@ from cachefs.store.landing import Landed, Lander
 from cachefs.store.ledger import Layer, Ledger
 from cachefs.store.segments import Segments
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 # One thread call lands about this much: short enough that what has landed is soon readable.
 GROUP_BYTES = 16 << 20
@@ -58,6 +59,16 @@ class Land:
     start: int
     data: memoryview
     done: Callable[[bool], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LandZeros:
+    """These spans are zeros, where nothing of them is here. `reply`: those that have something else, once the rest
+    can be read; None where nothing is kept."""
+
+    view: ViewNo
+    spans: Sequence[SpanNo]
+    reply: Reply[list[SpanNo] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +189,7 @@ class _Flush:
 
 
 Asked = Drop | Mend | Quarantine | Move | Remove
-Command = Land | SetView | SetImage | Doubt | Asked | DropView | Put | _Punched | _Flush
+Command = Land | LandZeros | SetView | SetImage | Doubt | Asked | DropView | Put | _Punched | _Flush
 
 
 class Readers(Protocol):
@@ -285,6 +296,7 @@ class Writer:
         self._resume_s = 0.0
         self._stopping = False
         self.not_kept_bytes = 0
+        self._repeats = logs.Repeats(log)
         self.trouble: str | None = None  # Why bytes are not kept at the moment, for `status`.
         self.commits = 0
 
@@ -478,6 +490,8 @@ class Writer:
                 match command:
                     case Land():
                         self._land_one(command, keep, out)
+                    case LandZeros():
+                        self._land_zeros(command, keep, out)
                     case SetView(view, record):
                         known = self._ledger.views.get(view)
                         cached = known.cached if known is not None else 0
@@ -521,8 +535,16 @@ class Writer:
             out.trouble = error
             out.refused.append(command)
         except RecordCorrupt as error:
-            log.error("span %d of view %d is not kept: %s", command.span, command.view, error)
+            self._repeats.error("span", "span %d of view %d is not kept: %s", command.span, command.view, error)
             out.refused.append(command)
+
+    def _land_zeros(self, command: LandZeros, keep: bool, out: _Outcome) -> None:
+        others: list[SpanNo] | None = None
+        if keep and out.trouble is None and not out.short and command.view in self._ledger.views:
+            with suppress(StoreFull):
+                landed, others = self._lander.land_zeros(command.view, command.spans)
+                out.publish(*landed)
+        out.told.append(partial(command.reply.set, others))
 
     def _do_asked(self, command: Asked, out: _Outcome) -> None:
         match command:
@@ -629,7 +651,7 @@ class Writer:
                 self._segments.punch(punch)
                 done.append(punch)
             except OSError as error:
-                log.error("%s: %s", punch, error)
+                self._repeats.error("punch", "%s: %s", punch, error)
         return done
 
     async def _go_back(self) -> None:
@@ -674,7 +696,7 @@ class Writer:
                 self.refuse(command)
             case Doubt() | _Flush():
                 command.done.set()
-            case Drop() | Mend() | Quarantine() | Move() | Remove():
+            case Drop() | Mend() | Quarantine() | Move() | Remove() | LandZeros():
                 command.reply.give_up()
             case _:
                 return False

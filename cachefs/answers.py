@@ -1,0 +1,183 @@
+"""What the daemon answers, in words: `status`, `images`, `image`, `precache`, `trace list`. Rule: it asks for
+nothing; what comes from elsewhere is made printable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cachefs.words import duration, printable, size
+
+Rows = list[tuple[str, str]]
+
+
+def status_rows(found: Mapping[str, Any]) -> Rows:
+    store, reads, fetcher, disk = found["store"], found["reads"], found["fetcher"], found["store"]["disk"]
+    evictor = found["evictor"]
+    evicted = sum(cause["bytes"] for cause in evictor["evicted"].values())
+    rows = [
+        ("mounted on", found["mountpoint"]),
+        ("daemon", f"cachefs {found['version']}, pid {found['pid']}, up {duration(found['uptime'])}"),
+        ("images", f"{found['images']['known']} known, {found['images']['open']} open"),
+        (
+            "store",
+            f"{store['path']}: {size(store['bytes_cached'])} of images in {size(store['bytes_on_disk'])} "
+            f"of {size(store['bytes_limit'])}",
+        ),
+        ("reads", f"{reads['hits']} hits, {reads['misses']} misses, {reads['waiting']} waiting"),
+        (
+            "fetched",
+            f"{size(fetcher['bytes_fetched'])} in {fetcher['requests']} requests, {fetcher['flights']} under way",
+        ),
+        (
+            "since start",
+            f"{size(store['bytes_shared'])} not stored, as it was there already; {size(store['bytes_zero'])} of "
+            f"zeros; {size(evicted)} evicted",
+        ),
+        ("pinned", f"{evictor['pinned_images']} images, {size(evictor['pinned_bytes'])}"),
+        ("instances", _instances_words(found["instances"])),
+        ("scrub", _scrub_words(found["scrub"])),
+        *_precache_rows(found["precache"]),
+    ]
+    if disk["state"] != "healthy":
+        rows.append(("disk", f"{disk['state']}: {disk['why']}"))
+    if evictor["stuck"]:
+        rows.append(("full", evictor["stuck"]))
+    if store["trouble"]:
+        rows.append(("not kept", f"{size(store['bytes_not_kept'])}: {store['trouble']}"))
+    if found["images"]["glance_trouble"]:
+        rows.append(("Glance", found["images"]["glance_trouble"]))
+    rows += [("at risk", f"{image}: {why}") for image, why in found["hydration"]["at_risk"].items()]
+    rows += _origin_rows(found["origin"])
+    return [(name, printable(value)) for name, value in rows]
+
+
+def _origin_rows(origin: Mapping[str, Any]) -> Rows:
+    """What is wrong with endpoints, the identity service, and images that cannot be had."""
+    away = [e for e in origin["endpoints"] if e["state"] != "closed"]
+    rows = [("endpoint", f"{e['url'] or 'of the catalog'} is left alone: {e['last_error']}") for e in away]
+    if origin["identity"]["trouble"]:
+        rows.append(("identity", origin["identity"]["trouble"]))
+    return rows + [("cannot fetch", f"{image}: {trouble['error']}") for image, trouble in origin["images"].items()]
+
+
+def _instances_words(instances: Mapping[str, Any]) -> str:
+    words = f"{instances['disks']} disks stand on {instances['images']} images"
+    for folder in instances["folders"]:
+        if folder["trouble"] is not None:
+            words += f"; {folder['path']}: {folder['trouble']}"
+        elif folder["unread"]:
+            words += f"; {folder['path']}: {folder['unread']} files or folders cannot be read"
+    return words
+
+
+def _precache_rows(precache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if precache["policies"] or precache["held_images"]:
+        here = f"{size(precache['cached_bytes'])} of {size(precache['held_bytes'])}"
+        yield "pre-cached", f"{precache['held_images']} images, {here}; {precache['pinned_images']} pinned"
+    if precache["error"] is not None:
+        yield "policies", f"not asked: {precache['error']}"
+    for policy, why in precache["failed"].items():
+        yield "policies", f"{policy} failed: {why}"
+
+
+def _scrub_words(scrub: Mapping[str, Any]) -> str:
+    words = str(scrub["state"] if scrub["share"] is None else f"{scrub['state']}, {scrub['share']:.0%} done")
+    if scrub["ended"]:
+        words += f"; the last ended {time.strftime('%Y-%m-%d %H:%M', time.localtime(scrub['ended']))}"
+    if scrub["rotten"] or scrub["lost"]:
+        words += f"; {scrub['rotten']} chunks rotten, {scrub['lost']} spans lost"
+    return words
+
+
+IMAGES_HEADER = ("ID", "NAME", "FORMAT", "SIZE", "CACHED", "PINNED", "PRIORITY", "STATE")
+
+
+def image_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        row["id"], printable(row["name"] or ""), row["disk_format"] or "", size(row["size"]), size(row["cached"]),
+        "pinned" if row["pinned"] else "", row["priority"],
+        row["state"] if row["status"] == "active" else row["status"],
+    )  # fmt: skip
+
+
+def image_rows(found: Mapping[str, Any]) -> Rows:
+    """One image in full: what it is, what is here of it, why it is kept, what Glance says."""
+    rest = dict(found)
+
+    def take(*names: str) -> list[Any]:
+        return [rest.pop(name, None) for name in names]
+
+    id_, name, status, disk_format, container, whole, virtual = take(
+        "id", "name", "status", "disk_format", "container_format", "size", "virtual_size"
+    )
+    cached, state, origin, path = take("cached", "state", "origin", "path")
+    in_use, handles, leases, held, because = take("in_use", "handles", "leases", "held", "held_because")
+    priority, why, condemned, changed = take("priority", "priority_because", "condemned", "origin_changed")
+    algorithm, digest, checksum = take("os_hash_algo", "os_hash_value", "checksum")
+    tags, properties = take("tags", "properties")
+    created_s, updated_s, *_ = take("created_s", "updated_s", "pinned", "number")
+    kept = [str(lease) for lease in leases or ()]
+    kept += [f"held: {because}" if because else "held"] if held else []
+    share = f" ({cached / whole:.0%})" if whole else ""
+    rows: list[tuple[str, object]] = [
+        ("image", id_),
+        ("name", name),
+        ("status", status),
+        ("format", disk_format + (f" in {container}" if container and container != "bare" else "")
+         if disk_format else None),
+        ("size", f"{size(whole)} ({whole} bytes)" + (f", the disk inside {size(virtual)}" if virtual else "")),
+        ("cached", f"{size(cached)}{share}, {state}" + (f", comes by {origin}" if origin != "unknown" else "")),
+        ("file", path),
+        ("open", f"{handles} handles" if in_use or handles else "no"),
+        *[("kept because", reason) for reason in kept or ["nothing: it may be evicted"]],
+        ("priority", f"{priority} ({why})" if why else priority),
+        ("condemned", condemned),
+        ("changed", changed if changed not in (False, 0) else None),
+        ("hash", f"{algorithm} {digest}" if digest else f"md5 {checksum}" if checksum else None),
+        ("created", _day(created_s)),
+        ("updated", _day(updated_s)),
+        ("tags", ", ".join(tags or ()) or None),
+        *[("property", f"{key} = {value}") for key, value in sorted((properties or {}).items())],
+    ]  # fmt: skip
+    rows += [(key.replace("_", " "), _plain(value)) for key, value in sorted(rest.items())]
+    return [(key, printable(str(value))) for key, value in rows if value not in (None, "")]
+
+
+def _day(at_s: float | None) -> str | None:
+    return None if at_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+PRECACHE_HEADER = ("ID", "NAME", "DECISION", "POLICY", "REASON", "SIZE", "TO FETCH", "WHY NOT")
+
+
+def precache_cells(found: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:
+    def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+        decision = row["keep"] if row["refused"] is None else "refused"
+        why_not = row["refused"] or row["note"] or ""
+        words = (row["image"], row["name"], decision, ", ".join(row["policies"]), row["reason"])
+        return (*map(printable, words), size(row["size"]), size(row["cost"]), printable(why_not))
+
+    gone = [
+        tuple(map(printable, (row["image"], row["name"], "let go", ", ".join(row["policies"]), "", "", "", "")))
+        for row in found["let_go"]
+    ]
+    return [cells(row) for row in found["rows"]] + gone
+
+
+TRACES_HEADER = ("CONTENT", "OF", "BYTES", "RUNS", "RECORDED", "IMAGES")
+
+
+def trace_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        row["content"][:20], row["kind"], size(row["blocks"] << 16), str(row["runs"]),
+        time.strftime("%Y-%m-%d", time.localtime(row["recorded"])), " ".join(row["images"]),
+    )  # fmt: skip

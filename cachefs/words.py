@@ -1,0 +1,64 @@
+"""Sizes, times and names as people read them. Rule: pure, and nothing comes out that a terminal would obey."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(n: float) -> str:
+    """`n` bytes for people: 1536 → "1.5 KiB"."""
+    value = float(n)
+    for unit in _UNITS[:-1]:
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} {_UNITS[-1]}"
+
+
+def rate(bytes_per_s: float) -> str:
+    return f"{size(bytes_per_s)}/s"
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 3700 → "1 h 1 min"."""
+    left = round(seconds)
+    if left < 60:
+        return f"{left} s"
+    if left < 3600:
+        return f"{left // 60} min {left % 60} s" if left < 600 else f"{left // 60} min"
+    if left < 86400:
+        return f"{left // 3600} h {left % 3600 // 60} min"
+    return f"{left // 86400} d {left % 86400 // 3600} h"
+
+
+def printable(text: str) -> str:
+    """A name that came from elsewhere, with nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def width(text: str) -> int:
+    """Columns on a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
+
+
+def cut(text: str, columns: int) -> str:
+    """As much of it as fits, with a mark where something is missing."""
+    if width(text) <= columns:
+        return text
+    kept = ""
+    for c in text:
+        if width(kept + c) > columns - 1:
+            break
+        kept += c
+    return kept + "…" if columns > 0 else ""
+
+
+def padded(text: str, columns: int, *, right: bool = False) -> str:
+    space = " " * max(columns - width(text), 0)
+    return space + text if right else text + space

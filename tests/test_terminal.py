@@ -1,0 +1,306 @@
+"""What commands look like on a terminal, and in a pipe: tables, colours, progress, `top`, completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from cachefs import cli, completion, control
+from cachefs.errors import ControlError
+from cachefs.shown import JSON_FORMAT, Pace, table
+from cachefs.top import Look, frame
+from cachefs.words import cut, duration, padded, printable, size, width
+from tests.node import ROOT, Node, read_direct, run_command
+from tests.origin import OriginImage, ScriptedOrigin, Stall, pattern
+from tests.terminal import COLUMNS, Terminal
+
+MIB: Final = 1 << 20
+SIZE: Final = 8 * MIB
+A: Final = "90000000-0000-4000-8000-00000000000a"
+B: Final = "90000000-0000-4000-8000-00000000000b"
+LONG: Final = "a name of an image that is far longer than any terminal would like to show " * 3
+GROUPS: Final = ("trace", "config", "debug")
+CACHEFS: Final = [sys.executable, "-m", "cachefs.cli"]
+
+
+# ── Words, tables, pace ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_words() -> None:
+    assert [size(n) for n in (0, 1023, 1536, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "5.0 TiB"]
+    assert [duration(s) for s in (0, 59.4, 61, 3599, 3700, 90000)] == [
+        "0 s", "59 s", "1 min 1 s", "59 min", "1 h 1 min", "1 d 1 h",
+    ]  # fmt: skip
+    assert (width("äé"), width("漢字"), width("e\u0301")) == (2, 4, 1)
+    assert (cut("漢字漢字", 5), cut("abc", 3), cut("abcd", 3)) == ("漢字…", "abc", "ab…")
+    assert padded("漢", 4) + "|" == "漢  |"
+    assert printable("a\x1b[2Jb\nc\u202e") == "a�[2Jb�c�"
+
+
+def test_a_table_fits_its_terminal_and_not_a_pipe() -> None:
+    rows = [(A, LONG, "8.0 MiB"), (B, "漢字", "1.0 MiB")]
+    for columns in (60, 80, 120):
+        lines = table(("ID", "NAME", "SIZE"), rows, ("SIZE",), columns)
+        assert all(width(line) <= columns for line in lines)
+        assert lines[1].startswith(A), "what one copies is whole"
+    lines = table(("ID", "NAME", "SIZE"), rows, ("SIZE",))
+    assert LONG.strip() in lines[1]
+    assert len({width(line) for line in lines}) == 1
+
+
+def test_pace_says_rate_time_left_and_a_stall_as_a_stall() -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    assert pace.words(SIZE) == "…"
+    for second in range(11):
+        now[0] = float(second)
+        pace.note(second * MIB)
+    assert pace.words(20 * MIB) == "1.0 MiB/s, 20 s left"
+    now[0] = 14.0
+    pace.note(10 * MIB)
+    assert "stalled" not in pace.words(MIB)
+    now[0] = 22.0
+    pace.note(10 * MIB)
+    assert pace.words(MIB, "Glance is away") == "stalled for 12 s: Glance is away"
+    now[0] = 23.0
+    pace.note(11 * MIB)
+    assert not pace.stalled_s
+    pace.note(0)  # Begun anew.
+    assert pace.rate == 0.0
+
+
+# ── A node ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[ScriptedOrigin]:
+    images = [OriginImage(A, LONG, SIZE, pattern(SIZE, 1)), OriginImage(B, "evil\x1b[2J", SIZE, pattern(SIZE, 2))]
+    with ScriptedOrigin(images) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def node(origin: ScriptedOrigin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with Node(tmp_path_factory.mktemp("terminal"), origin.url, glance={"connections": 1}) as node:
+        yield node
+
+
+def on_terminal(node: Node, *words: str, **environment: str) -> Terminal:
+    return Terminal([*CACHEFS, *words, "--config-file", str(node.config_file)], environment)
+
+
+@pytest.mark.mount
+def test_tables_are_plain_in_a_pipe_and_fit_a_terminal(node: Node) -> None:
+    os.listdir(node.mountpoint / "images")
+    piped = node.cli("images")
+    assert "\x1b" not in piped.stdout
+    assert LONG.strip() in piped.stdout
+    assert "PINNED" in piped.stdout.splitlines()[0]
+    for environment in ({}, {"NO_COLOR": "1"}):
+        with on_terminal(node, "images", **environment) as terminal:
+            assert terminal.end() == 0
+        assert all(width(line) <= COLUMNS for line in terminal.text.splitlines())
+        assert ("\x1b[1m" in terminal.said) == (not environment)
+        assert "\x1b[2J" not in terminal.said, "a name clears no screen"
+        assert A in terminal.text
+
+
+@pytest.mark.mount
+def test_prefetch_shows_progress_and_a_stall(node: Node, origin: ScriptedOrigin) -> None:
+    stall = Stall(after=4096)
+    origin.fault(stall)
+    with on_terminal(node, "prefetch", "--wait", A) as terminal:
+        terminal.read_until(r"\d%  [\d.]+ \w+ of 8\.0 MiB", plain=True)
+        terminal.read_until(r"stalled for \d+ s", plain=True)
+        stall.release.set()
+        terminal.read_until("8.0 MiB are here", 60, plain=True)
+        assert terminal.end() == 0
+    assert "\r\x1b[K" in terminal.said
+    quiet = node.cli("prefetch", "--wait", A)
+    assert (quiet.stdout, quiet.stderr) == (f"{A}: 8.0 MiB are here\n", "")
+
+
+@pytest.mark.mount
+def test_scrub_shows_progress_on_a_terminal(node: Node) -> None:
+    read_direct(node.path(B), 0, MIB)
+    with on_terminal(node, "scrub", "--wait") as terminal:
+        assert terminal.end(60) == 0
+    assert "verified" in terminal.text
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("how", ["q", "\x03", "SIGTERM"])
+def test_top_refreshes_by_itself_and_leaves_the_terminal_as_it_was(node: Node, how: str) -> None:
+    with on_terminal(node, "top", "--interval", "0.2") as terminal:
+        terminal.read_until(r"reads\s+\d+ since the start.*now \d+ reads/s", plain=True)
+        assert "\x1b[?1049h" in terminal.said
+        assert terminal.mode != terminal.before
+        before = terminal.said.count("\x1b[H")
+        terminal.read_until(r"(?s)" + r"\x1b\[H.*" * (before + 3))
+        if how == "SIGTERM":
+            terminal.process.send_signal(signal.SIGTERM)
+        else:
+            terminal.press(how)
+        assert terminal.end(10) == 0
+        assert terminal.said.endswith("\x1b[?25h\x1b[?1049l")
+        assert terminal.mode == terminal.before
+
+
+@pytest.mark.mount
+def test_top_in_a_pipe_is_one_frame(node: Node, origin: ScriptedOrigin) -> None:
+    with node.path(B).open("rb"):
+        done = node.cli("top")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert re.search(rf"^{B}  .* 1 .*$", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.mount
+def test_top_goes_on_without_a_daemon(origin: ScriptedOrigin, tmp_path: Path) -> None:
+    node = Node(tmp_path, origin.url)
+    with on_terminal(node, "top", "--interval", "0.2") as terminal:
+        terminal.read_until("no daemon answers there", plain=True)
+        with node:
+            terminal.read_until("images open", plain=True)
+        terminal.said = ""
+        terminal.read_until("no daemon answers there", plain=True)
+        terminal.press("q")
+        assert terminal.end(10) == 0
+    assert node.cli("top").returncode == 1
+
+
+@pytest.mark.mount
+def test_every_reading_command_prints_json_with_its_format(node: Node) -> None:
+    lists = {"images": ["images"], "traces": ["trace", "list"]}
+    commands = [["status"], ["image", A], ["debug", "tasks"], ["config", "check"], *lists.values()]
+    for words in commands:
+        done = node.cli(*words, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["json_format"] == JSON_FORMAT
+    for name, words in lists.items():
+        assert isinstance(json.loads(node.cli(*words, "--json").stdout)[name], list)
+    told = json.loads(node.cli("pin", A, "--json").stdout)
+    assert (told["json_format"], told["images"][0]["pinned"]) == (JSON_FORMAT, True)
+    assert re.search(rf"^{A} .* pinned ", node.cli("images").stdout, re.MULTILINE)
+    said = node.cli("image", A).stdout
+    assert re.search(r"^kept because: +it is pinned$", said, re.MULTILINE)
+    assert "8.0 MiB (8388608 bytes)" in said
+    assert node.cli("unpin", A).returncode == 0
+
+
+@pytest.mark.mount
+def test_errors_say_what_to_do(node: Node, tmp_path: Path) -> None:
+    unknown = "90000000-0000-4000-8000-00000000dead"
+    said = node.cli("image", unknown).stderr
+    assert f"there is no image {unknown}" in said
+    assert "openstack image show" in said
+    assert str(node.socket) not in said
+    assert "NoEntry" not in said
+    assert node.cli("image", "x").stderr == "cachefs: x is no image id\n"
+    away = Node(tmp_path, "http://127.0.0.1:1")
+    assert "systemctl start cachefs" in away.cli("status").stderr
+    assert node.cli("pin", "y").stderr == "cachefs: y is no image id\n"
+
+
+@pytest.mark.mount
+def test_who_may_not_ask_is_told_so(node: Node) -> None:
+    os.seteuid(65534)
+    try:
+        with pytest.raises(ControlError, match="only the daemon's user and group may ask it: try sudo"):
+            control.ask(str(node.socket), "status")
+    finally:
+        os.seteuid(0)
+
+
+# ── Frames ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.mount
+def test_a_frame_fits_any_terminal(node: Node) -> None:
+    status, moving = node.ask("status"), node.ask("flights")
+    moving["flights"] = [
+        {"image": A, "priority": "demand", "start": 0, "arrived": 1, "length": MIB, "started": True, "readers": 3}
+    ] * 100
+    now, before = Look(2.0, status, moving), Look(1.0, status, moving)
+    for columns, height in ((20, 5), (80, 24), (200, 50)):
+        lines = frame(now, before, columns, height)
+        assert all(width(re.sub(r"\x1b\[\d*m", "", line)) <= max(columns, 75) for line in lines)
+    gone = frame(Look(3.0, error="away\x1b[2J"), now, 80, 24)
+    assert "away" in gone[0]
+    assert "\x1b[2J" not in "".join(gone)
+    assert any("waiting" in line for line in gone), "what was known last stays"
+
+
+# ── Documentation, help and completion ─────────────────────────────────────────────────────────────────
+
+
+def every_command() -> list[list[str]]:
+    return [path.split() for path, _ in completion._commands(cli.parser(), "") if path]
+
+
+@pytest.mark.parametrize("words", every_command(), ids=" ".join)
+def test_help_has_an_example_that_can_be_parsed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.parser().parse_args([*words, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    if "ACTION" in said.splitlines()[0]:
+        return
+    (example,) = re.findall(r"^  cachefs (.*)$", said, re.MULTILINE)
+    arguments: Any = cli.parser().parse_args(example.partition(" >")[0].split())
+    assert arguments.command == words[0]
+
+
+COMPLETE: Final = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_cachefs
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        (["cachefs", "sta"], ["status"]),
+        (["cachefs", "pre"], ["precache", "prefetch"]),
+        (["cachefs", "prefetch", "--w"], ["--wait"]),
+        (["cachefs", "trace", ""], ["export", "import", "list"]),
+        (["cachefs", "trace", "export", "--out"], ["--output"]),
+        (["cachefs", "config", "ch"], ["check"]),
+        (["cachefs", "config", "check", "--js"], ["--json"]),
+        (["cachefs", "completion", "b"], ["bash"]),
+        (["cachefs", "check", "--store", "pyproj"], ["pyproject.toml"]),
+        (["cachefs", "status", "--config-file", "pyproj"], ["pyproject.toml"]),
+    ],
+)
+def test_completion(line: list[str], wanted: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "cachefs.bash"
+    script.write_text(completion.bash(cli.parser()))
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE, "bash", str(script), *line], capture_output=True, text=True, check=True
+    )
+    assert sorted(done.stdout.split()) == wanted
+    assert done.stderr == ""
+
+
+def test_the_completion_command_prints_that() -> None:
+    assert run_command("completion", "bash").stdout == completion.bash(cli.parser())
+
+
+def test_every_command_is_documented_and_no_other() -> None:
+    said = (ROOT / "docs" / "commands.md").read_text()
+    documented = set(re.findall(r"`cachefs ([a-z]+(?: [a-z]+)?)`", said.partition("## On a terminal")[0]))
+    assert documented == {" ".join(words) for words in every_command() if words[0] not in GROUPS or len(words) > 1}
+    for line in re.findall(r"^# cachefs (.*)$", said, re.MULTILINE):
+        cli.parser().parse_args(line.partition(" >")[0].split())
+    assert f"`json_format` is {JSON_FORMAT};" in said
