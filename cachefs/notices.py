@@ -1,5 +1,6 @@
 """Telling the kernel what it is to forget, in a thread: it may wait for what the loop has not answered yet.
-Rule: nothing is told after `close`. The session that it would go through is no more then, and its file another's.
+Rule: nothing is told after `close`. The session that it would go through is no more then, and its descriptor
+another's.
 """
 
 from __future__ import annotations
