@@ -105,8 +105,8 @@ class Wire:
 
 
 def head(*lines: str) -> bytes:
-    content_range = f"Content-Range: bytes {START}-{END - 1}/{IMAGE_SIZE}"
-    return "\r\n".join(["HTTP/1.1 206 Partial Content", content_range, *lines, "", ""]).encode()
+    described = ["Content-Type: application/octet-stream", f"Content-Range: bytes {START}-{END - 1}/{IMAGE_SIZE}"]
+    return "\r\n".join(["HTTP/1.1 206 Partial Content", *described, *lines, "", ""]).encode()
 
 
 def split(data: bytes, size: int) -> list[bytes]:

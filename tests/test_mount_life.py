@@ -381,7 +381,9 @@ def test_a_mountpoint_that_is_taken(node: Node) -> None:
 def test_a_mountpoint_with_an_odd_name(tmp_path: Path, origin: StallingOrigin) -> None:
     folder = tmp_path / "odd, na\\me \u00fc"
     folder.mkdir()
-    with Node(folder, origin.url) as node:
+    node = Node(folder, origin.url)
+    node.configure(leases={"folders": tmp_path / "instances"})  # A list has commas of its own.
+    with node:
         assert read_buffered(node.path(IMAGE), 0, 10) == BYTES(0, 10)
         assert node.status()["mountpoint"] == str(node.mountpoint)
 
