@@ -103,6 +103,18 @@ def image_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _disk(disk: Mapping[str, Any] | None) -> str | None:
+    """What is known of the disk inside an image, in words."""
+    if disk is None:
+        return None
+    if disk.get("refused"):
+        return f"refused: {disk['refused']}"
+    said = [size(disk["size"])] if disk.get("size") is not None else []
+    said += [f"with {disk['format']}"] if disk.get("format") else []
+    said += ["verified"] if disk.get("verified") else []
+    return ", ".join(said) or None
+
+
 def image_rows(found: Mapping[str, Any]) -> Rows:
     """One image in full: what it is, what is here of it, why it is kept, what Glance says."""
     rest = dict(found)
@@ -117,9 +129,9 @@ def image_rows(found: Mapping[str, Any]) -> Rows:
     in_use, handles, leases, held, because = take("in_use", "handles", "leases", "held", "held_because")
     priority, why, condemned, changed = take("priority", "priority_because", "condemned", "origin_changed")
     algorithm, digest, checksum = take("os_hash_algo", "os_hash_value", "checksum")
-    tags, properties = take("tags", "properties")
+    tags, properties, disk = take("tags", "properties", "disk")
     created_s, updated_s, *_ = take("created_s", "updated_s", "pinned", "number")
-    kept = [str(lease) for lease in leases or ()]
+    kept = list(dict.fromkeys(str(lease) for lease in leases or ()))
     kept += [f"held: {because}" if because else "held"] if held else []
     share = f" ({cached / whole:.0%})" if whole else ""
     rows: list[tuple[str, object]] = [
@@ -131,7 +143,8 @@ def image_rows(found: Mapping[str, Any]) -> Rows:
         ("size", f"{size(whole)} ({whole} bytes)" + (f", the disk inside {size(virtual)}" if virtual else "")),
         ("cached", f"{size(cached)}{share}, {state}" + (f", comes by {origin}" if origin != "unknown" else "")),
         ("file", path),
-        ("open", f"{handles} handles" if in_use or handles else "no"),
+        ("disk inside", _disk(disk)),
+        ("open", ("1 handle" if handles == 1 else f"{handles} handles") if in_use or handles else "no"),
         *[("kept because", reason) for reason in kept or ["nothing: it may be evicted"]],
         ("priority", f"{priority} ({why})" if why else priority),
         ("condemned", condemned),

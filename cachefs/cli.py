@@ -37,12 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status."""
     arguments = parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()  # Here, where a full disk can still be said.
+        return status
     except CachefsError as error:
         _say(error)
         return FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit.
+        return FAILED
+    except OSError as error:
+        _say(": ".join(filter(None, (error.filename and str(error.filename), error.strerror or str(error)))))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:
         return 128 + 2

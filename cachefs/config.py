@@ -46,6 +46,7 @@ from cachefs.option_types import (
     TrustType,
 )
 from cachefs.plan.priorities import Rules
+from cachefs.policies import NAMESPACE
 from cachefs.sources import auth
 from cachefs.words import size
 
@@ -584,6 +585,10 @@ def warnings(files: Sequence[str], config_dirs: Sequence[str] = ()) -> list[str]
         )
     if config.glance.auth.verify is False:
         found.append("glance/insecure: whoever is between this node and Glance can give it other bytes")
+    installed = sorted(policy.name for policy in entry_points(group=NAMESPACE))
+    for name in config.precache.policies:
+        if name not in installed:
+            found.append(f"precache/policies: {name} is not installed (there are {', '.join(installed)})")
     return found
 
 

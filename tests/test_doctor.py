@@ -125,6 +125,8 @@ def test_config_check_warns_of_what_is_hardly_meant(tmp_path: Path) -> None:
     os.chmod(node.config_file, 0o640)
     node.configure(store={"max_size": "200G"})
     assert node.cli("config", "check").stderr == ""
+    node.configure(precache={"policies": "newest,nosuch"})
+    assert "policies: nosuch is not installed (there are" in node.cli("config", "check").stderr
 
 
 def test_the_sample_begins_with_what_is_needed_most() -> None:

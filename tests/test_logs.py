@@ -192,6 +192,8 @@ def test_however_many_kinds_there_are_no_more_than_a_bound_is_remembered(
 
 
 def test_at_the_end_nothing_that_was_counted_is_lost(repeats: Repeats, caplog: pytest.LogCaptureFixture) -> None:
+    logs.say_what_was_counted()  # What other tests have left.
+    caplog.clear()
     repeats.warning("flight", "failed", image="a")
     repeats.warning("flight", "failed", image="a")
     logs.say_what_was_counted()

@@ -14,11 +14,12 @@ from typing import Any, Final
 
 import pytest
 
-from cachefs import cli, completion, control
+from cachefs import answers, cli, completion, control
 from cachefs.errors import ControlError
 from cachefs.shown import JSON_FORMAT, Pace, table
 from cachefs.top import Look, frame
 from cachefs.words import cut, duration, padded, printable, size, width
+from tests.cloud.service import clean_environment
 from tests.node import ROOT, Node, read_direct, run_command
 from tests.origin import OriginImage, ScriptedOrigin, Stall, pattern
 from tests.terminal import COLUMNS, Terminal
@@ -304,3 +305,33 @@ def test_every_command_is_documented_and_no_other() -> None:
     for line in re.findall(r"^# cachefs (.*)$", said, re.MULTILINE):
         cli.parser().parse_args(line.partition(" >")[0].split())
     assert f"`json_format` is {JSON_FORMAT};" in said
+
+
+def test_where_nothing_can_be_written_one_line_says_so() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cachefs.cli", "config", "sample"],
+            cwd=ROOT, env=clean_environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "cachefs: No space left on device\n")
+
+
+def test_the_disk_inside_an_image_is_told_in_words() -> None:
+    disk = {"size": 1 << 30, "format": "gpt", "refused": None, "seen": True, "verified": True}
+    found = image_of(disk=disk, leases=["it is open", "it is open"], handles=1)
+    rows = answers.image_rows(found)
+    assert ("disk inside", "1.0 GiB, with gpt, verified") in rows
+    assert [value for key, value in rows if key == "kept because"] == ["it is open"]
+    assert ("open", "1 handle") in rows
+    refused = answers.image_rows(image_of(disk={**disk, "refused": "it has a backing file"}))
+    assert ("disk inside", "refused: it has a backing file") in refused
+
+
+def image_of(**known: object) -> dict[str, object]:
+    """An answer about an image, as far as `image_rows` asks."""
+    found: dict[str, object] = dict.fromkeys(("name", "virtual_size", "condemned", "os_hash_value", "checksum"))
+    return found | {
+        "id": "50000000-0000-4000-8000-000000000001", "status": "active", "disk_format": "qcow2", "size": 1 << 20,
+        "cached": 0, "state": "absent", "origin": "unknown", "path": "/x", "in_use": True, "handles": 0,
+        "priority": "normal",
+    } | known  # fmt: skip

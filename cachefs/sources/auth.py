@@ -365,6 +365,8 @@ def _cloud_faults(conf: cfg.ConfigOpts) -> Iterator[ConfigError]:
             yield _fault("endpoints", f"is missing: the cloud {c.cloud} has auth_type none, so no catalog")
     except (ConfigException, exceptions.OptionError, exceptions.NoMatchingPlugin) as e:
         yield _fault("cloud", f"{c.cloud}: {e}")
+    except OSError as e:
+        yield _fault("cloud", f"{c.cloud}: {e.filename} cannot be looked at: {e.strerror}")
 
 
 def _is_set(conf: cfg.ConfigOpts, name: str) -> bool:
