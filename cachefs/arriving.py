@@ -25,6 +25,8 @@ log = logs.get(__name__)
 # What is fetched in the background gives way to guests so long at a time.
 GIVE_WAY_S = 5.0
 TRANSLATED_SLAB_MAX = 4 << 20
+# What somebody reads in order waits so long to be read from memory before it goes to the store.
+UNREAD_S = 1.0
 OFFER_AGAIN_S = 10.0  # Longer than the store's own pause after it was full.
 # A millisecond or two of a thread: what is compared comes to readers in such pieces.
 COMPARED_AT_ONCE, COMPARERS_MAX = 1 << 20, 2
@@ -38,7 +40,8 @@ class Arriving:
     """The slabs of all flights. `emptied` is told when a flight has one less, `spawn` runs what nobody waits for.
 
     What the store did not take is kept as long as nothing else needs the memory: a sequential reader would
-    otherwise have each window fetched again and again.
+    otherwise have each window fetched again and again. What is fetched ahead of such a reader stays here until it
+    was read: then it goes to the disk past the kernel's cache, and nobody reads it from there.
     """
 
     def __init__(
@@ -50,15 +53,17 @@ class Arriving:
         spawn: Callable[[Callable[[], Awaitable[None]]], None],
     ) -> None:
         self._store, self.counts, self._emptied, self.spawn = store, counts, emptied, spawn
-        self.memory = Memory(max(memory_max, store.span_size), store.span_size, self._drop_unkept)
+        self.memory = Memory(max(memory_max, store.span_size), store.span_size, self._make_room)
         self._unkept: deque[tuple[Flight, Slab]] = deque()  # Oldest first.
         self._offering = False
+        self._unread: dict[Slab, tuple[Flight, float]] = {}  # Full, and since when; oldest first.
+        self._awaiting = False
         self.guests: Guests | None = None  # Whom what is fetched in the background gives way to.
         self.beside_traces: Guests | None = None  # And whom flights of boot traces do.
         self._shared: list[Bound] = []
         self._giving_way: dict[Flight, trio.CancelScope] = {}
         self.share(self.memory.bound)
-        self.stopping = False  # What the store refuses from then on is let go at once.
+        self._stopping = False  # What the store refuses from then on is let go at once.
         self._comparers = trio.CapacityLimiter(COMPARERS_MAX)
         # Blocks that came otherwise than they were verified, oldest first: how often, and when at last.
         self._refused: OrderedDict[tuple[ViewNo, int], tuple[int, float]] = OrderedDict()
@@ -180,8 +185,39 @@ class Arriving:
             if not slab.filled:
                 self.drop(flight, slab)
 
+    def stop(self) -> None:
+        """No more is read, or arrives."""
+        self._stopping = True
+        while self._unread:
+            self.was_read(next(iter(self._unread)))
+
     def keep(self, flight: Flight, slab: Slab) -> None:
-        """Hands what has arrived to the store: whole blocks, or up to the view's end."""
+        """What has arrived goes to the store: whole blocks, or up to the view's end. Now, or when it was read."""
+        if flight.in_passing and flight.priority is not Priority.HYDRATION and slab.filled and not self._stopping:
+            self._unread[slab] = flight, trio.current_time()
+            if not self._awaiting:
+                self._awaiting = True
+                self.spawn(self._await_readers)
+        else:
+            self._land(flight, slab)
+
+    def was_read(self, slab: Slab) -> None:
+        """Its last byte was read."""
+        found = self._unread.pop(slab, None)
+        if found is not None:
+            self._land(found[0], slab)
+
+    async def _await_readers(self) -> None:
+        """Not for long: they may read something else, or have gone away."""
+        while self._unread:
+            slab, (_, since_s) = next(iter(self._unread.items()))
+            if trio.current_time() < since_s + UNREAD_S:
+                await trio.sleep_until(since_s + UNREAD_S)
+            else:
+                self.was_read(slab)
+        self._awaiting = False
+
+    def _land(self, flight: Flight, slab: Slab) -> None:
         # While the disk is not well, also what it has is served from here, to whoever could not read it.
         here = flight.view.is_well and not flight.view.absent(Extent(slab.start, slab.start + slab.filled))
         unwanted = flight.unwanted and flight.priority is Priority.HYDRATION
@@ -191,23 +227,23 @@ class Arriving:
             return
 
         def done(kept: bool) -> None:
-            in_vain = self.memory.is_wanted or self.stopping or flight.priority is Priority.HYDRATION
+            in_vain = self.memory.is_wanted or self._stopping or flight.priority is Priority.HYDRATION
             if not kept and not in_vain:
                 self._unkept.append((flight, slab))
                 if not self._offering:
                     self._offering = True
                     self.spawn(self._offer_again)
                 return
-            if not kept and flight.waiting and not self.stopping:
+            if not kept and flight.waiting and not self._stopping:
                 # Whoever was woken by these bytes copies them first.
                 self.spawn(partial(self._drop_soon, flight, slab))
                 return
             self.drop(flight, slab)
             if kept and self._unkept:  # The store takes bytes again.
-                self.keep(*self._unkept.popleft())
+                self._land(*self._unkept.popleft())
 
         data = slab.data[: ceil(slab.filled, PAGE)].toreadonly()
-        self._store.keep(flight.view, slab.start, data, done)
+        self._store.keep(flight.view, slab.start, data, done, in_passing=flight.in_passing)
 
     async def _drop_soon(self, flight: Flight, slab: Slab) -> None:
         for _ in range(3):
@@ -219,14 +255,17 @@ class Arriving:
         while self._unkept:
             await trio.sleep(OFFER_AGAIN_S)
             if self._unkept:
-                self.keep(*self._unkept.popleft())
+                self._land(*self._unkept.popleft())
         self._offering = False
 
-    def _drop_unkept(self) -> bool:
-        if not self._unkept:
-            return False
-        self.drop(*self._unkept.popleft())
-        return True
+    def _make_room(self) -> bool:
+        """Whether some was made at once. Else what waits to be read lands, the oldest first, and makes some soon."""
+        if self._unkept:
+            self.drop(*self._unkept.popleft())
+            return True
+        if self._unread:
+            self.was_read(next(iter(self._unread)))
+        return False
 
 
 class FlightSink:

@@ -223,11 +223,11 @@ class Blocks:
     def _arrived(self, view: StoredView, wanted: Extent) -> memoryview | None:
         """What is in memory of `wanted`, from its start."""
         slab = self._fetcher.slab_at(view, wanted.start)
-        return (
-            None
-            if slab is None
-            else slab.data[wanted.start - slab.start : min(slab.filled, wanted.end - slab.start)]
-        )
+        if slab is None:
+            return None
+        if wanted.end >= slab.end == slab.start + slab.filled:
+            self._fetcher.was_read(slab)
+        return slab.data[wanted.start - slab.start : min(slab.filled, wanted.end - slab.start)]
 
     async def _stored(self, reading: _Reading, at: int) -> Buffer | None:
         """What the store has of the range, from `at`; None where it has nothing there, or could not give it."""
@@ -300,7 +300,11 @@ class Blocks:
         free = [gap for absent in gaps for gap in self._fetcher.not_under_way(view, absent)]
         extent = windows.request(miss, free, want)
         if extent is not None:
-            pattern.follow(self._fetcher.start(view, extent, priority).extent, sequential)
+            flight = self._fetcher.start(view, extent, priority)
+            flight.in_passing |= (
+                sequential and want > windows.RANDOM_MAX
+            )  # Whoever reads so much goes over all of it.
+            pattern.follow(flight.extent, sequential)
 
     def reached_mark(self, view: StoredView, pattern: Pattern, offset: int) -> None:
         """A sequential reader is half through what it was fetched: the next window is started behind it."""

@@ -87,7 +87,7 @@ class Fetcher:
                 await trio.sleep_forever()
             finally:
                 # Before the nursery closes: the writer may still say that it did not keep something.
-                self._arriving.stopping = True
+                self._arriving.stop()
 
     # ── what is under way ──
 
@@ -116,6 +116,10 @@ class Fetcher:
             if slab is not None:
                 return slab
         return None
+
+    def was_read(self, slab: Slab) -> None:
+        """Its last byte was: it need not be in memory any more, once the store has it."""
+        self._arriving.was_read(slab)
 
     def flight_for(self, view: StoredView, offset: int) -> Flight | None:
         """The flight that is to bring the byte at `offset`."""

@@ -354,19 +354,27 @@ class LateStore(Store):
             await super().run()
             self._nursery.cancel_scope.cancel()
 
-    def keep(self, view: StoredView, offset: int, data: memoryview, done: Callable[[bool], None]) -> None:
+    def keep(
+        self,
+        view: StoredView,
+        offset: int,
+        data: memoryview,
+        done: Callable[[bool], None],
+        *,
+        in_passing: bool = False,
+    ) -> None:
         if not self.late_s:
-            super().keep(view, offset, data, done)
+            super().keep(view, offset, data, done, in_passing=in_passing)
             return
         self._busy_until_s = max(self._busy_until_s, trio.current_time()) + self.late_s
         assert self._nursery is not None
-        self._nursery.start_soon(self._keep_at, self._busy_until_s, view, offset, data, done)
+        land = functools.partial(super().keep, view, offset, data, done, in_passing=in_passing)
+        self._nursery.start_soon(self._keep_at, self._busy_until_s, land)
 
-    async def _keep_at(
-        self, at_s: float, view: StoredView, offset: int, data: memoryview, done: Callable[[bool], None]
-    ) -> None:
+    @staticmethod
+    async def _keep_at(at_s: float, land: Callable[[], None]) -> None:
         await trio.sleep_until(at_s)
-        super().keep(view, offset, data, done)
+        land()
 
 
 # ── All together ──────────────────────────────────────────────────────────────────────────────────────

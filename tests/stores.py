@@ -135,7 +135,9 @@ def view_of(store: Store, number: int, size: int) -> StoredView:
     return store.view(image_id(number), ViewKind.ORIGINAL, size)
 
 
-async def land(store: Store, view: StoredView, offset: int, data: bytes | memoryview) -> bool:
+async def land(
+    store: Store, view: StoredView, offset: int, data: bytes | memoryview, *, in_passing: bool = False
+) -> bool:
     """Lands `data` (whole pages in one span); whether it was kept."""
     outcome: list[bool] = []
     finished = trio.Event()
@@ -144,7 +146,7 @@ async def land(store: Store, view: StoredView, offset: int, data: bytes | memory
         outcome.append(kept)
         finished.set()
 
-    store.keep(view, offset, memoryview(data), done)
+    store.keep(view, offset, memoryview(data), done, in_passing=in_passing)
     await finished.wait()
     assert len(outcome) == 1
     return outcome[0]
@@ -414,14 +416,16 @@ class _EdgedSegments(Segments):
             super().open(segment, create=create)
             self._edges.unsynced_names.add(segment)
 
-    def append(self, segment: SegmentNo, offset: int, parts: Sequence[memoryview]) -> None:
+    def append(
+        self, segment: SegmentNo, offset: int, parts: Sequence[memoryview], *, past_cache: bool = False
+    ) -> None:
         fate = self._edges.meet(Edge.APPEND)
         length = sum(map(len, parts))
         self._edges.unsynced.setdefault(segment, []).append(Extent(offset, offset + length))
         if fate in (Fate.FAIL, Fate.CRASH_TORN):
             super().append(segment, offset, [memoryview(b"".join(parts)[: length // 2 + 100])])
         else:
-            super().append(segment, offset, parts)
+            super().append(segment, offset, parts, past_cache=past_cache)
         if fate in (Fate.CRASH_TORN, Fate.CRASH_LATE):
             self._edges.die()
         if fate is not None:
@@ -433,10 +437,10 @@ class _EdgedSegments(Segments):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return super().read(segment, offset, length)
 
-    def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview) -> int:
+    def read_into(self, segment: SegmentNo, offset: int, buffer: memoryview, *, past_cache: bool = False) -> int:
         self._edges.on_read(segment, offset)
         good = self._good_until(segment, offset, len(buffer)) - offset
-        got = super().read_into(segment, offset, buffer[:good])
+        got = super().read_into(segment, offset, buffer[:good], past_cache=past_cache)
         if good < len(buffer):
             raise CutShort(got, OSError(errno.EIO, os.strerror(errno.EIO)))
         return got

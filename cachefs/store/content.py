@@ -10,6 +10,7 @@ and compares before it believes what it read.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 import time
@@ -254,7 +255,8 @@ class StoredView:
     async def look_at(self, offset: int, into: memoryview, look: Callable[[memoryview], T]) -> T:
         """What `look` says of the bytes from `offset`, as many as `into` has room for, in the thread that read
         them there. It is asked again when they were replaced meanwhile: then what it said before is void. No use
-        of the view, as eviction counts them. Raises as `read`; a late thread may still write to `into` then."""
+        of the view, as eviction counts them, and the kernel's cache stays as it is, if `into` begins on a page of
+        memory. Raises as `read`; a late thread may still write to `into` then."""
         whole = Extent(offset, offset + len(into))
         while True:
             runs = await self._load_runs(whole)
@@ -419,7 +421,7 @@ class _DiskRead:
         runs: list[Run],
         out: memoryview | None = None,
     ) -> None:
-        """`out`: used, as large as `whole`; a new one when None."""
+        """`out`: used, as large as `whole`, by somebody who passes by; a new one when None."""
         self._store, self._view, self._shift, self._whole, self._runs = store, view, shift, whole, runs
         self._used = out is not None
         self.out: bytearray | memoryview = bytearray(whole.length) if out is None else out
@@ -467,7 +469,7 @@ class _DiskRead:
     def _read(self, segment: f.SegmentNo, offset: int, into: memoryview) -> int:
         """How many bytes of `into` the segment gave: less than all where it ends, or where the disk failed."""
         try:
-            return self._store.segments.read_into(segment, offset, into)
+            return self._store.segments.read_into(segment, offset, into, past_cache=self._used)
         except OSError as error:
             if not is_disk_fault(error):
                 raise
@@ -530,7 +532,7 @@ class _DiskRead:
             self.verified.setdefault(self._span, []).append((extent, place))
             return True
         if not self._buffer:
-            self._buffer = memoryview(bytearray(CHUNK_PAGES_MAX * PAGE))
+            self._buffer = memoryview(mmap.mmap(-1, CHUNK_PAGES_MAX * PAGE))
         stored = self._buffer[: chunk.length]
         full = self._read(chunk.segment, chunk.offset, stored) == chunk.length
         if not full or f.digest_of(stored) != chunk.digest:
@@ -702,16 +704,25 @@ class Store:
             self._by_image[_view_key(record.image, record.kind, record.size)] = view
         return view
 
-    def keep(self, view: StoredView, offset: int, data: memoryview, done: Callable[[bool], None]) -> None:
+    def keep(
+        self,
+        view: StoredView,
+        offset: int,
+        data: memoryview,
+        done: Callable[[bool], None],
+        *,
+        in_passing: bool = False,
+    ) -> None:
         """Lands `data`, which begins on a page at `offset`, ends on one or at the view's end (padded with
-        zeros to a page), and lies in one span. `done(kept)` is called on the loop, later or at once."""
+        zeros to a page), and lies in one span. `done(kept)` is called on the loop, later or at once. `in_passing`:
+        nobody is expected to read it soon, so it is kept out of the kernel's cache."""
         assert offset % PAGE == 0, "what lands begins on a page"
         assert len(data) % PAGE == 0, "what lands is whole pages"
         if not self.health.may_write:
             self.writer.refuse(Land(view.number, SpanNo(0), 0, data, done))
             return
         span = SpanNo(offset // self.span_size)
-        self.writer.submit(Land(view.number, span, offset - span * self.span_size, data, done))
+        self.writer.submit(Land(view.number, span, offset - span * self.span_size, data, done, in_passing))
 
     async def keep_zeros(self, view: StoredView, spans: Sequence[SpanNo]) -> list[SpanNo]:
         """Those of `spans` of which nothing is here are zeros from now on, without a byte being moved. Returns

@@ -104,9 +104,11 @@ class Lander:
         size = self._ledger.views[view].size
         return ceil(min(self._span_size, size - span * self._span_size), PAGE) // PAGE
 
-    def land(self, view: ViewNo, span: SpanNo, start: int, data: memoryview) -> Landed:
-        """Keeps `data`, whole pages from byte `start` of the span. Raises StoreFull or OSError, and then
-        nothing of it is kept."""
+    def land(
+        self, view: ViewNo, span: SpanNo, start: int, data: memoryview, *, in_passing: bool = False
+    ) -> Landed:
+        """Keeps `data`, whole pages from byte `start` of the span; `in_passing`: nobody is expected to read it
+        soon. Raises StoreFull or OSError, and then nothing of it is kept."""
         pages = self.span_pages(view, span)
         old = self._ledger.recipe(view, span) or absent_recipe(pages)
         first, count = start // PAGE, len(data) // PAGE
@@ -130,7 +132,7 @@ class Lander:
             if whole is not None:
                 plan = _Plan()
                 recipe = tuple(self._cut(plan, whole))
-        new = self._write(plan, recipe)
+        new = self._write(plan, recipe, past_cache=in_passing)
         size = self._ledger.views[view].size - span * self._span_size
         change = present_bytes(recipe, size) - present_bytes(old, size)
         live = self._ledger.set_recipe(view, span, recipe, new, change)
@@ -345,13 +347,13 @@ class Lander:
 
     # ── writing ──
 
-    def _write(self, plan: _Plan, recipe: Recipe) -> dict[ChunkId, Chunk]:
+    def _write(self, plan: _Plan, recipe: Recipe, *, past_cache: bool) -> dict[ChunkId, Chunk]:
         """Appends what is new and still named by `recipe`; returns it with its place and its count."""
         named = Counter(e.chunk for e in recipe if e.kind is Kind.CHUNK and e.chunk in plan.new)
         parts = [plan.new[chunk_id][1] for chunk_id in named]
         if not parts:
             return {}
-        segment, offset = self._append(parts)
+        segment, offset = self._append(parts, past_cache=past_cache)
         self.bytes_landed += sum(len(part) for part in parts)
         placed = {}
         for chunk_id, refs in named.items():
@@ -360,14 +362,14 @@ class Lander:
             offset += len(part)
         return placed
 
-    def _append(self, parts: Sequence[memoryview]) -> tuple[SegmentNo, int]:
+    def _append(self, parts: Sequence[memoryview], *, past_cache: bool = False) -> tuple[SegmentNo, int]:
         """Writes `parts` side by side; returns where."""
         total = sum(len(part) for part in parts)
         if not self._room(total):
             raise StoreFull(total)
         segment, offset = self._place(total)
         try:
-            self._segments.append(segment, offset, parts)
+            self._segments.append(segment, offset, parts, past_cache=past_cache)
         except OSError:
             self._ledger.advance(segment, offset + total)
             self._ledger.abandon_bytes(Punch(segment, offset, total))

@@ -52,13 +52,14 @@ BACKOFF_S = 5.0
 @dataclass(frozen=True, slots=True)
 class Land:
     """Keep `data` (whole pages) from byte `start` of a span. `done(kept)` is called on the loop when the
-    bytes can be read from the store, or will not be."""
+    bytes can be read from the store, or will not be. `in_passing`: nobody is expected to read them soon."""
 
     view: ViewNo
     span: SpanNo
     start: int
     data: memoryview
     done: Callable[[bool], None]
+    in_passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -527,7 +528,10 @@ class Writer:
             out.short.append(command)
             return
         try:
-            out.publish(self._lander.land(command.view, command.span, command.start, command.data))
+            landed = self._lander.land(
+                command.view, command.span, command.start, command.data, in_passing=command.in_passing
+            )
+            out.publish(landed)
             out.kept.append(command)
         except StoreFull:
             out.short.append(command)

@@ -1,0 +1,192 @@
+"""What passes by is written and read past the kernel's cache, and is the same bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from cachefs.plan.extents import PAGE, Extent, pieces
+from cachefs.store.check import check
+from cachefs.store.content import Store, StoredView
+from cachefs.store.format import SegmentNo
+from cachefs.store.segments import Segments
+from tests.stores import SPAN, land, padded, random_bytes, read, running, segment_file, view_of
+
+SIZE = 2 * SPAN + 12345
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def cold(folder: Path) -> Path:
+    """A folder on a filesystem that can leave the kernel's cache alone."""
+    probe = folder.parent / "probe"
+    probe.write_bytes(b"")
+    file = os.open(probe, os.O_RDWR)
+    try:
+        direct = os.open(probe, os.O_WRONLY | os.O_DIRECT)
+        os.pwritev(direct, [mmap.mmap(-1, PAGE)], 0)
+        os.close(direct)
+        os.preadv(file, [bytearray(PAGE)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return folder
+    except OSError:
+        pass
+    finally:
+        os.close(file)
+    pytest.skip(f"the filesystem of {folder.parent} knows no O_DIRECT")
+
+
+def slab(content: bytes, part: Extent) -> memoryview:
+    """Whole pages of `content`, in memory as a flight has it."""
+    data = padded(content, *part)
+    place = memoryview(mmap.mmap(-1, len(data)))
+    place[:] = data
+    return place
+
+
+async def pass_by(store: Store, view: StoredView, content: bytes) -> None:
+    for part in pieces(Extent(0, len(content)), SPAN):
+        assert await land(store, view, part.start, slab(content, part), in_passing=True)
+
+
+def cached_pages(folder: Path) -> set[int]:
+    """Which pages of the first segment the kernel has in its cache. (To read them, even without waiting, would
+    bring them there.)"""
+    path = segment_file(folder)
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        pages = -(-len(mapped) // PAGE)
+        there = (ctypes.c_ubyte * pages)()
+        start = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        failed = libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(mapped)), there)
+        assert not failed, os.strerror(ctypes.get_errno())
+        gc.collect()  # What was made of `mapped` just now would keep it from being closed.
+    return {page for page in range(pages) if there[page] & 1}
+
+
+def test_what_lands_in_passing_is_not_in_the_cache_until_it_is_read(cold: Path) -> None:
+    content = random_bytes(1, SIZE)
+
+    async def main() -> None:
+        async with running(cold) as store:
+            view = view_of(store, 1, SIZE)
+            await pass_by(store, view, content)
+            assert not cached_pages(cold)
+            assert await read(view, SPAN - 5, 10) == content[SPAN - 5 : SPAN + 5]
+            assert {SPAN // PAGE - 1, SPAN // PAGE} <= cached_pages(cold)
+            assert await read(view, 0, SIZE) == content
+        async with running(cold) as store:
+            assert await read(view_of(store, 1, SIZE), 0, SIZE) == content
+        assert check(cold).sound
+
+    trio.run(main)
+
+
+def test_what_is_landed_for_a_reader_is_in_the_cache(cold: Path) -> None:
+    content = random_bytes(1, SPAN)
+
+    async def main() -> None:
+        async with running(cold) as store:
+            view = view_of(store, 1, SPAN)
+            assert await land(store, view, 0, slab(content, Extent(0, SPAN)))
+            assert cached_pages(cold) == set(range(SPAN // PAGE))
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("page", [None, 0, SPAN // PAGE + 3], ids=["nothing", "first", "middle"])
+def test_whoever_looks_at_it_in_passing_sees_it_and_leaves_the_cache_alone(cold: Path, page: int | None) -> None:
+    """Whatever of it a guest has read by then."""
+    size = 16 * SPAN + 12345
+    content = random_bytes(1, size)
+
+    async def main() -> None:
+        async with running(cold) as store:
+            view = view_of(store, 1, size)
+            await pass_by(store, view, content)
+            if page is not None:
+                assert await read(view, page * PAGE, 1) == content[page * PAGE : page * PAGE + 1]
+            room = memoryview(mmap.mmap(-1, SPAN))
+            for part in pieces(Extent(0, size), SPAN):
+                seen = await view.look_at(part.start, room[: part.length], bytes)
+                assert seen == content[part.start : part.end]
+            # What the kernel read ahead for the guest, and at the end, which is no whole page of the view.
+            assert len(cached_pages(cold)) < size // PAGE // 2
+
+    trio.run(main)
+
+
+def test_bytes_that_do_not_begin_on_a_page_of_memory_land_and_are_looked_at(folder: Path) -> None:
+    content = random_bytes(1, SPAN)
+    odd = memoryview(mmap.mmap(-1, SPAN + PAGE))[7 : 7 + SPAN]
+    odd[:] = content
+
+    async def main() -> None:
+        async with running(folder) as store:
+            view = view_of(store, 1, SPAN)
+            assert await land(store, view, 0, odd, in_passing=True)
+            assert await read(view, 0, SPAN) == content
+            room = memoryview(bytearray(SPAN + 1))[1:]
+            assert await view.look_at(0, room, bytes) == content
+
+    trio.run(main)
+
+
+def test_a_span_that_passes_by_in_pieces_is_cut_as_a_whole(folder: Path) -> None:
+    content = random_bytes(1, SPAN)
+    half = SPAN // 2
+
+    async def main() -> None:
+        async with running(folder) as store:
+            whole, halves = view_of(store, 1, SPAN), view_of(store, 2, SPAN)
+            assert await land(store, whole, 0, slab(content, Extent(0, SPAN)), in_passing=True)
+            for part in (Extent(0, half), Extent(half, SPAN)):
+                assert await land(store, halves, part.start, slab(content, part), in_passing=True)
+            assert await read(halves, 0, SPAN) == content
+            assert store.totals()["bytes_shared"] >= half, "it was cut as the other was"
+        assert check(folder).sound
+
+    trio.run(main)
+
+
+@pytest.fixture
+def ramfs(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem that knows no O_DIRECT."""
+    if os.geteuid():
+        pytest.skip("mounting a ramfs needs root")
+    folder = tmp_path / "ramfs"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "none", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.loop
+def test_where_the_filesystem_knows_no_such_thing_the_bytes_are_the_same(ramfs: Path) -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.open(ramfs / "probe", os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
+    segments = Segments(ramfs)
+    segments.open(SegmentNo(1), create=True)
+    try:
+        for first in (0, SPAN):  # The second time it is known.
+            content = random_bytes(first, SPAN)
+            segments.append(SegmentNo(1), first, [slab(content, Extent(0, SPAN))], past_cache=True)
+            room = memoryview(mmap.mmap(-1, SPAN + PAGE))
+            assert segments.read_into(SegmentNo(1), first, room, past_cache=True) == SPAN
+            assert room[:SPAN] == content
+    finally:
+        segments.close()
