@@ -40,6 +40,8 @@ SPHINX := $(PYTHON_VENV) -m sphinx -E -W --keep-going -n -q
 docs:
 	@setup/install docs
 	@$(SPHINX) -b html -d build/docs/doctrees docs build/docs/html
+	@! grep -rEn --include='*.html' '<(link|script|img|iframe)[^>]*(href|src)="(https?:)?//' build/docs/html || \
+		{ echo "a page asks somebody else for a part of itself"; exit 1; }
 	@echo "build/docs/html/index.html"
 
 man:

@@ -259,6 +259,22 @@ def test_the_manual_pages_are_made_and_can_be_shown(tmp_path: Path) -> None:
             assert word in " ".join(shown.stdout.split()), page
 
 
+def test_the_picture_of_top_shows_what_top_shows() -> None:
+    """All headings, and the first word of each line of its head."""
+    drawn = ElementTree.fromstring((DOCS / "pictures" / "top.svg").read_text())
+    shown = {element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    source = SOURCES["cachefs.top"].read_text()
+    headings = {
+        word
+        for header in re.findall(r"\(\"(?:FLIGHT|IMAGE)\",[^)]*\)", source)
+        for word in ast.literal_eval(header)
+    }
+    assert headings >= {"FLIGHT", "IMAGE", "READERS", "STATE"}
+    heads = set(re.findall(r'f"(\w+) {2,}\{', source))
+    assert heads >= {"guests", "Glance"}
+    assert headings | heads <= shown
+
+
 @pytest.mark.parametrize("picture", sorted(path.name for path in (DOCS / "pictures").glob("*.svg")))
 def test_a_picture_stands_by_itself(picture: str) -> None:
     """It is used, asks nobody for anything, says what it shows, and has colours for a dark page."""
