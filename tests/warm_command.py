@@ -47,7 +47,7 @@ class WarmCommand:
         listener.listen()
         with listener:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.warm_command", str(listener.fileno())],
+                ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", __name__, str(listener.fileno())],
                 cwd=ROOT, env=clean_environment(), pass_fds=[listener.fileno()],
             )  # fmt: skip
         self.program.write_text(_CALLER.format(python=sys.executable, path=str(self._socket)))
