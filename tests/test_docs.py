@@ -215,6 +215,24 @@ def test_every_errno_has_its_reason() -> None:
     assert given <= reasons
 
 
+# ── docs/troubleshooting.md ───────────────────────────────────────────────────────────────────────────
+
+
+def test_what_troubleshooting_quotes_is_said() -> None:
+    """Each message of a column "it says", but for what stands for a name or a number."""
+    code = " ".join(path.read_text() for path in SOURCES.values())
+    quoted = [
+        message
+        for table in text("troubleshooting.md").split("| it says |")[1:]
+        for row in table.partition("\n\n")[0].splitlines()[2:]
+        for message in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
+    assert len(quoted) > 12
+    for message in quoted:
+        for part in re.split(r"\.\.\.|\bN\b", message):
+            assert part.strip(": ") in code, message
+
+
 # ── Manual pages, pictures ────────────────────────────────────────────────────────────────────────────
 
 
