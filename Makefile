@@ -3,7 +3,7 @@
 PYTHON_VENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench docs man clean
 
 help:
 	@echo "make setup           system packages (apt) and .venv; does nothing where all is there"
@@ -11,6 +11,8 @@ help:
 	@echo "make test            the tests                                     ARGS='-k store'"
 	@echo "make lint            ruff and mypy"
 	@echo "make bench           the benchmarks                                ARGS=..."
+	@echo "make docs            the documentation as a site: build/docs/html/index.html"
+	@echo "make man             the manual pages: build/man"
 	@echo "make clean           removes what the above have made, .venv included"
 
 setup:
@@ -31,6 +33,21 @@ lint: setup
 bench:
 	@setup/install bench
 	@$(PYTHON_VENV) -m bench $(ARGS)
+
+# -E: what is wrong is said each time, also of pages that have not changed.
+SPHINX := $(PYTHON_VENV) -m sphinx -E -W --keep-going -n -q
+
+docs:
+	@setup/install docs
+	@$(SPHINX) -b html -d build/docs/doctrees docs build/docs/html
+	@! grep -rEn --include='*.html' '<(link|script|img|iframe)[^>]*(href|src)="(https?:)?//' build/docs/html || \
+		{ echo "a page asks somebody else for a part of itself"; exit 1; }
+	@echo "build/docs/html/index.html"
+
+man:
+	@setup/install docs
+	@$(SPHINX) -b man -t man -d build/docs/doctrees-man docs build/man
+	@ls build/man/*.[58]
 
 clean:
 	rm -rf .venv .guest .tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,19 +5,24 @@ that neither can change without the other.
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from enum import EnumMeta
 from pathlib import Path
 from typing import Final
+from xml.etree import ElementTree
 
 import pytest
 
-from cachefs import config
+from cachefs import cli, config, errors, mount_helper
 from cachefs.config import _log_options
 from cachefs.store import format as f
+from docs import reference
 
 ROOT: Final = Path(__file__).parent.parent
 DOCS: Final = ROOT / "docs"
@@ -141,63 +146,175 @@ def test_every_module_is_in_the_architecture_and_no_other() -> None:
     assert listed == there
 
 
-@pytest.mark.parametrize("document", sorted(path.name for path in [*DOCS.glob("*.md"), ROOT / "README.md"]))
+@pytest.mark.parametrize(
+    "document", sorted(str(path.relative_to(ROOT)) for path in [*DOCS.rglob("*.md"), ROOT / "README.md"])
+)
 def test_every_file_that_a_document_names_is_there(document: str) -> None:
-    path = ROOT / document if document == "README.md" else DOCS / document
+    path = ROOT / document
     said = path.read_text()
-    for name in set(re.findall(r"`((?:cachefs|tests|bench|demo|docs|setup|systemd)/[\w./-]*\w)`", said)):
+    for name in set(
+        re.findall(r"`((?:cachefs|tests|bench|demo|docs|setup|systemd|monitoring)/[\w./-]*\w)`", said)
+    ):
         assert (ROOT / name).exists(), f"{document} names {name}"
     for link in set(re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", said)):
         assert (path.parent / link).exists(), f"{document} links to {link}"
 
 
+# ── What the documents take from the code ─────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("document", reference.PARTS)
+def test_what_is_made_from_the_code_is_as_the_code_is(document: str) -> None:
+    assert (DOCS / document).read_text() == reference.renewed(document), "python -m docs.reference"
+
+
+def test_every_option_is_in_the_reference() -> None:
+    """By another way than the one that makes it."""
+    said = text("configuration.md").partition("## Every option")[2]
+    found = re.findall(r"^### `\[(\w+)\]`|^\| `(\w+)` \| (?:`([^`]*)`)? \|", said, re.MULTILINE)
+    sections: dict[str, dict[str, str]] = {}
+    for section, option, default in found:
+        if section:
+            sections[section] = {}
+        else:
+            sections[list(sections)[-1]][option] = default
+    assert {name: set(known) for name, known in sections.items()} == {
+        group.name: {opt.dest for opt in opts} for group, opts in config.list_opts()
+    }
+    assert (sections["store"]["max_size"], sections["mount"]["file_mode"]) == ("80%", "0444")
+    assert sections["glance"]["valid_interfaces"] == "internal, public"
+    assert sections["glance"]["password"] == ""
+
+
+def test_the_options_of_oslo_log_that_are_named_exist() -> None:
+    named = re.findall(r"^\| `(\w+)` \|", text("configuration.md").partition("## Every option")[0], re.MULTILINE)
+    assert "debug" in named
+    assert set(named) <= {opt.dest for opt in _log_options()}
+
+
+# ── docs/semantics.md ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_errno_has_its_reason() -> None:
+    said = text("semantics.md").partition("## Errors")[2]
+    table, _, by_name = said.partition("### Failures by name")
+    reasons = {name for row in re.findall(r"^\| (E[A-Z, ]+) \|", table, re.MULTILINE) for name in row.split(", ")}
+    given = set(re.findall(r"\berrno\.(E[A-Z]+)", SOURCES["cachefs.fuse"].read_text()))
+    failures = [
+        kind
+        for kind in vars(errors).values()
+        if inspect.isclass(kind) and issubclass(kind, errors.CachefsError) and not kind.__subclasses__()
+    ]
+    assert len(failures) > 20
+    for kind in failures:
+        name = errno.errorcode[kind.errno]
+        assert f"| `{kind.__name__}` | {name} |" in by_name
+        # What has no room is served all the same, and who pins or evicts is no reader of the mount.
+        if name not in ("ENOSPC", "EBUSY"):
+            given.add(name)
+    assert given <= reasons
+
+
+# ── docs/troubleshooting.md ───────────────────────────────────────────────────────────────────────────
+
+
+def test_what_troubleshooting_quotes_is_said() -> None:
+    """Each message of a column "it says", but for what stands for a name or a number."""
+    code = " ".join(path.read_text() for path in SOURCES.values())
+    quoted = [
+        message
+        for table in text("troubleshooting.md").split("| it says |")[1:]
+        for row in table.partition("\n\n")[0].splitlines()[2:]
+        for message in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
+    assert len(quoted) > 12
+    for message in quoted:
+        for part in re.split(r"\.\.\.|\bN\b", message):
+            assert part.strip(": ") in code, message
+
+
+# ── Manual pages, pictures ────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_manual_has_every_option_and_exit_status() -> None:
+    page = text("man/cachefs.8.md")
+    for words, parser in reference.commands(cli.parser()):
+        assert f"### cachefs {words}\n" in page
+        for action in parser._actions:
+            assert all(f"**{spelled}**" in page for spelled in action.option_strings), words
+    statuses = page.partition("## EXIT STATUS")[2].partition("## ENVIRONMENT")[0]
+    for status in {cli.DONE, cli.FAILED, cli.USAGE, cli.SOUND, cli.REPAIRED, cli.DAMAGED, cli.UNFINISHED, 130}:
+        assert re.search(rf"\b{status}\b", statuses)
+    helper = text("man/mount.cachefs.8.md")
+    for action in mount_helper._parser()._actions:
+        if action.dest != "help":
+            assert all(
+                f"**{spelled}**" in helper or f"**{spelled} " in helper for spelled in action.option_strings
+            )
+    for status in (0, mount_helper.WRONG_CALL, mount_helper.FAILED):
+        assert f"**{status}**\n" in helper
+
+
+def test_the_manual_pages_are_made_and_can_be_shown(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="there is no Sphinx: setup/install docs")
+    if shutil.which("groff") is None:
+        pytest.skip("there is no groff: setup/install docs")
+    command = [sys.executable, "-m", "sphinx", "-E", "-W", "--keep-going", "-n", "-q", "-b", "man", "-d"]
+    command += [str(tmp_path / "doctrees"), str(DOCS), str(tmp_path)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (made.returncode, made.stderr) == (0, "")
+    for page, words in {
+        "cachefs.8": ["cachefs prefetch [--wait] [--json] ID...", "EXIT STATUS"],
+        "cachefs.conf.5": ["[store]", "max_size = 80%"],
+        "mount.cachefs.8": ["mount -t cachefs", "fstab(5)"],
+    }.items():
+        shown = subprocess.run(
+            ["groff", "-man", "-ww", "-Tascii", "-P-cbou", str(tmp_path / page)],
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        assert shown.stderr == ""
+        for word in words:
+            assert word in " ".join(shown.stdout.split()), page
+
+
+def test_the_picture_of_top_shows_what_top_shows() -> None:
+    """All headings, and the first word of each line of its head."""
+    drawn = ElementTree.fromstring((DOCS / "pictures" / "top.svg").read_text())
+    shown = {element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    source = SOURCES["cachefs.top"].read_text()
+    headings = {
+        word
+        for header in re.findall(r"\(\"(?:FLIGHT|IMAGE)\",[^)]*\)", source)
+        for word in ast.literal_eval(header)
+    }
+    assert headings >= {"FLIGHT", "IMAGE", "READERS", "STATE"}
+    heads = set(re.findall(r'f"(\w+) {2,}\{', source))
+    assert heads >= {"guests", "Glance"}
+    assert headings | heads <= shown
+
+
+@pytest.mark.parametrize("picture", sorted(path.name for path in (DOCS / "pictures").glob("*.svg")))
+def test_a_picture_stands_by_itself(picture: str) -> None:
+    """It is used, asks nobody for anything, says what it shows, and has colours for a dark page."""
+    drawn = (DOCS / "pictures" / picture).read_text()
+    root = ElementTree.fromstring(drawn)
+    assert [root.findtext(f"{{http://www.w3.org/2000/svg}}{tag}", "") != "" for tag in ("title", "desc")] == [
+        True
+    ] * 2
+    assert "prefers-color-scheme: dark" in drawn
+    assert re.findall(r"(?:https?:)?//[^\s\"]+|@import|<script", drawn) == ["http://www.w3.org/2000/svg"]
+    assert any(f"pictures/{picture})" in path.read_text() for path in DOCS.glob("*.md"))
+
+
 # ── docs/configuration.md ─────────────────────────────────────────────────────────────────────────────
 
 
-def sections() -> dict[str, set[str]]:
-    """The options that docs/configuration.md has in its tables, by section."""
-    found: dict[str, set[str]] = {}
-    section = ""
-    for line in text("configuration.md").splitlines():
-        if heading := re.fullmatch(r"#+ `\[(\w+)\]`.*", line):
-            section = heading[1]
-            found.setdefault(section, set())
-        elif line.startswith("| `"):
-            found[section].update(re.findall(r"`(\w+)`", line.split("|")[1]))
-    return found
-
-
-def test_every_option_is_documented_and_every_documented_option_exists() -> None:
-    documented = sections()
-    general = documented.pop("DEFAULT")
-    assert general <= {opt.dest for opt in _log_options()}
-    assert documented == {group.name: {opt.dest for opt in opts} for group, opts in config.list_opts()}
-
-
-def test_documented_defaults_are_those_of_the_code() -> None:
-    said = {}
-    section = ""
-    for line in text("configuration.md").splitlines():
-        if heading := re.fullmatch(r"#+ `\[(\w+)\]`.*", line):
-            section = heading[1]
-        elif row := re.match(r"\| `(\w+)` \| `([^`]+)` \|", line):
-            said[section, row[1]] = row[2]
-    for group, opts in config.list_opts():
-        for opt in opts:
-            default = opt.sample_default if opt.sample_default is not None else opt.default
-            if default in (None, []):
-                continue
-            shown = ", ".join(default) if isinstance(default, list) else str(default).lower().removesuffix(".0")
-            if (group.name, opt.dest) in said:
-                assert said[group.name, opt.dest].lower() == shown.lower(), f"[{group.name}] {opt.dest}"
-            else:
-                raise AssertionError(f"[{group.name}] {opt.dest} has a default that is not documented: {shown}")
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_the_examples_are_sound_configurations(number: int, tmp_path: Path) -> None:
-    examples = re.findall(r"```ini\n(.*?)```", text("configuration.md"), re.DOTALL)
-    assert len(examples) == 4
+@pytest.mark.parametrize(
+    ("document", "number"), [("quickstart.md", 0), *(("configuration.md", number) for number in range(4))]
+)
+def test_the_examples_are_sound_configurations(document: str, number: int, tmp_path: Path) -> None:
+    examples = re.findall(r"```ini\n(.*?)```", text(document), re.DOTALL)
+    assert len(examples) == {"quickstart.md": 1, "configuration.md": 4}[document]
     path = tmp_path / "cachefs.conf"
     path.write_text(examples[number])
     faults = config.check([str(path)])
