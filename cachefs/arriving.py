@@ -259,7 +259,7 @@ class Arriving:
         self._offering = False
 
     def _make_room(self) -> bool:
-        """Whether some was made at once. Else what waits to be read lands, the oldest first, and makes some soon."""
+        """Whether some was made at once. Else the oldest that waits to be read lands, and makes some soon."""
         if self._unkept:
             self.drop(*self._unkept.popleft())
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -73,6 +74,9 @@ class Durable:
         key = f.chunk_key(chunk)
         record = self.tables[Table.CHUNKS].get(key)
         return None if record is None else Chunk.decode(key, record)
+
+    def known(self, digests: Sequence[bytes]) -> set[bytes]:
+        return {digest for digest in digests if self.candidates(digest, 1)}
 
     def candidates(self, digest: bytes, most: int) -> list[ChunkId]:
         return sorted(chunk for found, chunk in self.digests if found == digest)[:most]

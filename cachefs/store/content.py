@@ -1079,3 +1079,7 @@ class _Committed:
     def candidates(self, digest: bytes, most: int) -> list[f.ChunkId]:
         with self._reading() as snapshot:
             return snapshot.candidates(digest, most)
+
+    def known(self, digests: Sequence[bytes]) -> set[bytes]:
+        with self._reading() as snapshot:
+            return snapshot.known(digests)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -113,6 +113,11 @@ class Snapshot:
         if not cursor.set_key(digest):
             return []
         return [f.split_chunk_key(bytes(value)) for value in islice(cursor.iternext_dup(), most)]
+
+    def known(self, digests: Sequence[bytes]) -> set[bytes]:
+        """Those of `digests` that any chunk has."""
+        cursor = self._txn.cursor(self._tables[Table.DIGESTS])
+        return {bytes(digest) for digest, _ in cursor.getmulti(digests)}
 
     def items(self, table: Table, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Every (key, record) of `table` in the order of the keys, those that begin with `prefix`."""

@@ -270,21 +270,21 @@ class Lander:
     # ── cutting and sharing ──
 
     def _cut(self, plan: _Plan, data: memoryview) -> list[Entry]:
-        entries = []
-        for first, pages, is_hole in cut(data):
-            if is_hole:
-                entries.append(Entry(Kind.HOLE, pages, NO_CHUNK))
-            else:
-                piece = data[first * PAGE : (first + pages) * PAGE]
-                entries.append(Entry(Kind.CHUNK, pages, self._same_or_new(plan, piece)))
-        return entries
+        cuts = cut(data)
+        pieces = [data[first * PAGE : (first + pages) * PAGE] for first, pages, is_hole in cuts if not is_hole]
+        digests = [digest_of(piece) for piece in pieces]
+        known = self._ledger.known(digests)
+        ids = (self._same_or_new(plan, *new, new[1] in known) for new in zip(pieces, digests, strict=True))
+        return [
+            Entry(Kind.HOLE, pages, NO_CHUNK) if is_hole else Entry(Kind.CHUNK, pages, next(ids))
+            for _, pages, is_hole in cuts
+        ]
 
-    def _same_or_new(self, plan: _Plan, piece: memoryview) -> ChunkId:
-        digest = digest_of(piece)
+    def _same_or_new(self, plan: _Plan, piece: memoryview, digest: bytes, is_known: bool) -> ChunkId:
         for chunk_id in plan.by_digest.get(digest, ())[:CANDIDATES_MAX]:
             if bytes(plan.new[chunk_id][1]) == bytes(piece):
                 return chunk_id
-        for chunk_id, chunk in self._ledger.candidates(digest):
+        for chunk_id, chunk in self._ledger.candidates(digest) if is_known else ():
             if chunk.length == len(piece) and self._stored_is(chunk_id, chunk, piece):
                 return chunk_id
         chunk_id = self._ledger.new_chunk_id()

@@ -13,7 +13,7 @@ it between the decision and the commit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -48,6 +48,7 @@ class Committed(Protocol):
     def recipe(self, view: ViewNo, span: SpanNo) -> Recipe | None: ...
     def chunk(self, chunk: ChunkId) -> Chunk | None: ...
     def candidates(self, digest: bytes, most: int) -> list[ChunkId]: ...
+    def known(self, digests: Sequence[bytes]) -> set[bytes]: ...
     def batch(self) -> AbstractContextManager[None]: ...
 
 
@@ -125,6 +126,13 @@ class Ledger:
     def usable(self, chunk: ChunkId) -> bool:
         found = self.chunk(chunk)
         return found is not None and not found.rotten
+
+    def known(self, digests: Sequence[bytes]) -> set[bytes]:
+        """Those of `digests` that are worth a look at their `candidates`: nearly always none. All are looked up at
+        once, for a tenth of what each by itself costs."""
+        # The layers first, as there.
+        here = {digest for layer in self._layers for digest in digests if digest in layer.digests}
+        return here | self._committed.known(digests)
 
     def candidates(self, digest: bytes) -> list[tuple[ChunkId, Chunk]]:
         """The living chunks that have this digest, and so may be the same bytes; not all where it was forged."""
