@@ -189,11 +189,13 @@ class Arriving:
         """No more is read, or arrives."""
         self._stopping = True
         while self._unread:
-            self.was_read(next(iter(self._unread)))
+            self._land_oldest()
 
     def keep(self, flight: Flight, slab: Slab) -> None:
         """What has arrived goes to the store: whole blocks, or up to the view's end. Now, or when it was read."""
-        if flight.in_passing and flight.priority is not Priority.HYDRATION and slab.filled and not self._stopping:
+        if flight.priority is Priority.HYDRATION:
+            self._land(flight, slab, in_passing=True)
+        elif flight.in_passing and slab.filled and not self._stopping:
             self._unread[slab] = flight, trio.current_time()
             if not self._awaiting:
                 self._awaiting = True
@@ -202,22 +204,28 @@ class Arriving:
             self._land(flight, slab)
 
     def was_read(self, slab: Slab) -> None:
-        """Its last byte was read."""
+        """Its last byte was."""
         found = self._unread.pop(slab, None)
         if found is not None:
-            self._land(found[0], slab)
+            self._land(found[0], slab, in_passing=True)
+
+    def _land_oldest(self) -> None:
+        """Though it is still to be read."""
+        slab = next(iter(self._unread))
+        flight, _ = self._unread.pop(slab)
+        self._land(flight, slab)
 
     async def _await_readers(self) -> None:
         """Not for long: they may read something else, or have gone away."""
         while self._unread:
-            slab, (_, since_s) = next(iter(self._unread.items()))
+            _, since_s = next(iter(self._unread.values()))
             if trio.current_time() < since_s + UNREAD_S:
                 await trio.sleep_until(since_s + UNREAD_S)
             else:
-                self.was_read(slab)
+                self._land_oldest()
         self._awaiting = False
 
-    def _land(self, flight: Flight, slab: Slab) -> None:
+    def _land(self, flight: Flight, slab: Slab, *, in_passing: bool = False) -> None:
         # While the disk is not well, also what it has is served from here, to whoever could not read it.
         here = flight.view.is_well and not flight.view.absent(Extent(slab.start, slab.start + slab.filled))
         unwanted = flight.unwanted and flight.priority is Priority.HYDRATION
@@ -243,7 +251,7 @@ class Arriving:
                 self._land(*self._unkept.popleft())
 
         data = slab.data[: ceil(slab.filled, PAGE)].toreadonly()
-        self._store.keep(flight.view, slab.start, data, done, in_passing=flight.in_passing)
+        self._store.keep(flight.view, slab.start, data, done, in_passing=in_passing)
 
     async def _drop_soon(self, flight: Flight, slab: Slab) -> None:
         for _ in range(3):
@@ -264,7 +272,7 @@ class Arriving:
             self.drop(*self._unkept.popleft())
             return True
         if self._unread:
-            self.was_read(next(iter(self._unread)))
+            self._land_oldest()
         return False
 
 

@@ -301,9 +301,8 @@ class Blocks:
         extent = windows.request(miss, free, want)
         if extent is not None:
             flight = self._fetcher.start(view, extent, priority)
-            flight.in_passing |= (
-                sequential and want > windows.RANDOM_MAX
-            )  # Whoever reads so much goes over all of it.
+            # Whoever reads so much in order goes over all of it, and does not come back soon.
+            flight.in_passing |= sequential and want > windows.RANDOM_MAX
             pattern.follow(flight.extent, sequential)
 
     def reached_mark(self, view: StoredView, pattern: Pattern, offset: int) -> None:

@@ -57,7 +57,7 @@ class Flight:
     needs: set[Flight] = field(default_factory=set)  # What it is made of, and waits for.
     unwanted: bool = False  # What comes of it in the background is not to be kept.
     rank: int = 1  # How important its image is: 0 critical, 1 normal, 2 low.
-    in_passing: bool = False  # What it brings is not expected to be read again soon.
+    in_passing: bool = False  # What it brings will be read once, in order, and not again soon.
     traced: bool = False  # It brings a part of a boot trace, whoever waits for it by now.
     ended: trio.Event = field(default_factory=trio.Event)
     landed: trio.Event = field(default_factory=trio.Event)  # Over, and the store has or refused all that came.
@@ -65,7 +65,7 @@ class Flight:
     def __post_init__(self) -> None:
         self.at = self.extent.start
         self.traced = self.priority is Priority.TRACE
-        self.in_passing |= self.whole or self.priority is Priority.HYDRATION
+        self.in_passing |= self.whole
 
     def brings(self, offset: int) -> bool:
         """Whether the byte at `offset` is still to come."""

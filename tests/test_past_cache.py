@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import trio
 
+from cachefs.arriving import UNREAD_S
 from cachefs.plan.extents import PAGE, Extent, pieces
 from cachefs.store.check import check
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import SegmentNo
 from cachefs.store.segments import Segments
+from tests.flow import Flow, ScriptedSource, flow, until, virtual_time
 from tests.stores import SPAN, land, padded, random_bytes, read, running, segment_file, view_of
 
+KIB, MIB = 1 << 10, 1 << 20
 SIZE = 2 * SPAN + 12345
 
 
@@ -159,6 +162,68 @@ def test_a_span_that_passes_by_in_pieces_is_cut_as_a_whole(folder: Path) -> None
         assert check(folder).sound
 
     trio.run(main)
+
+
+# ── What decides it ──
+
+
+async def read_in_order(way: Flow, size: int, end: int, *, pause_s: float = 0.0) -> None:
+    read = way.open(1, size)
+    for offset in range(0, end, 128 * KIB):
+        await read(offset, 128 * KIB)
+        await trio.sleep(pause_s)
+
+
+@virtual_time
+async def test_what_is_read_from_one_end_to_the_other_is_not_left_in_the_cache(tmp_path: Path) -> None:
+    size = 64 * MIB
+    folder = tmp_path / "store"
+    async with flow(folder, ScriptedSource(rate=312e6)) as way:
+        await read_in_order(way, size, size, pause_s=0.0005)  # 262 MB/s
+        await way.settled()
+        assert way.stored(1, size).complete
+        # Until the windows are large it may have been anybody.
+        assert len(cached_pages(folder)) < 24 * MIB // PAGE
+        await way.read(1, size, 40 * MIB, 100)
+
+
+@virtual_time
+async def test_what_a_reader_does_not_come_to_goes_to_the_store_a_second_later(tmp_path: Path) -> None:
+    size = 256 * MIB
+    async with flow(tmp_path / "store", ScriptedSource(rate=312e6)) as way:
+        await read_in_order(way, size, 32 * MIB)  # Much more is fetched ahead.
+        read_s = trio.current_time()
+        await until(lambda: not way.fetcher.memory_used)
+        assert trio.current_time() - read_s < UNREAD_S + 0.5
+        assert way.stored(1, size).cached == way.fetcher.counts.bytes_fetched
+
+
+@virtual_time
+async def test_what_waits_to_be_read_keeps_no_other_guest_waiting(tmp_path: Path) -> None:
+    size = 256 * MIB
+    async with flow(tmp_path / "store", ScriptedSource(rate=312e6), memory_max=16 * MIB) as way:
+        await read_in_order(way, size, 64 * MIB)
+        began_s = trio.current_time()
+        for number in range(2, 10):  # Each with a window of its own.
+            await way.read(number, SIZE, 0, 4096)
+        assert (trio.current_time() - began_s) / 8 < UNREAD_S / 4
+
+
+@virtual_time
+async def test_a_stop_keeps_what_waits_to_be_read(tmp_path: Path) -> None:
+    size = 256 * MIB
+    async with flow(tmp_path / "store", ScriptedSource(rate=312e6)) as way:
+        await read_in_order(way, size, 32 * MIB)
+        assert way.fetcher.memory_used
+        way.stop()
+        view = way.stored(1, size)
+    async with running(tmp_path / "store", span_size=None) as store:
+        known = store.view_by_number(view.number)
+        assert known is not None
+        assert (
+            known.cached > way.fetcher.counts.bytes_fetched - MIB
+        )  # Of each request the last block came in part.
+        assert known.cached >= 32 * MIB
 
 
 @pytest.fixture
