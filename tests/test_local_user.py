@@ -4,6 +4,7 @@ control socket; and images whose names are made to harm. Each is refused with on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -337,9 +338,9 @@ def test_no_name_leads_out_of_the_folder(hostile: Node) -> None:
 def test_a_look_up_of_any_bytes_is_only_not_there(hostile: Node, name: bytes) -> None:
     for folder in ("", "images", "raw", "resized", f"resized/{SAFE}", "by-name"):
         path = os.path.join(os.fsencode(hostile.mountpoint / folder), name)
-        assert errno_of(lambda path=path: os.lstat(path)) == 2, path  # type: ignore[misc]
+        assert errno_of(lambda path=path: os.lstat(path)) == errno.ENOENT, path  # type: ignore[misc]
     longer = os.path.join(os.fsencode(hostile.mountpoint / "by-name"), "é".encode() * 2048)
-    assert errno_of(lambda: os.lstat(longer)) == 36
+    assert errno_of(lambda: os.lstat(longer)) == errno.ENAMETOOLONG
 
 
 COMMANDS: Final = (
@@ -388,3 +389,20 @@ def test_an_answer_that_is_not_utf8_harms_nobody(tmp_path: Path) -> None:
         assert sorted(os.listdir(folder)) == ["bad \ufffd\ufffd\ufffd", "one"]
         assert (folder / "one").read_bytes() == BYTES
         assert OBEYED.findall(node.cli("images").stdout) == []
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+def test_an_error_page_is_shown_harmlessly(tmp_path: Path, kind: str) -> None:
+    evil = "EVIL\x1b[2J\r\nsecond \u202eline"
+    page = json.dumps({"message": evil, "code": evil}) if "json" in kind else f"<html><h1>{evil}</h1>{evil}</html>"
+    answer = Status(500, {"Content-Type": kind}, page.encode())
+    with (
+        ScriptedOrigin([OriginImage.of(IMAGE, "one", BYTES)], script=lambda _: answer) as origin,
+        Node(tmp_path, origin.url, mount={"read_deadline": 1}, glance={"retries": 0}) as node,
+    ):
+        os.listdir(node.mountpoint / "images")
+        assert errno_of(lambda: node.path(IMAGE).stat()) == errno.EIO
+        assert "Glance cannot say what there is" in node.log
+        assert ("EVIL" in node.log) == ("html" in kind)
+        said = [node.log, json.dumps(node.status(), ensure_ascii=False), node.cli("status").stdout]
+        assert [OBEYED.findall(text) for text in said] == [[], [], []]
