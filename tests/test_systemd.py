@@ -283,6 +283,9 @@ def test_in_a_mount_namespace_of_its_own_nobody_would_see_the_mount(host: Host) 
         host.systemd.systemctl("restart", "cachefs.service")
         assert host.shows("StatusText") == "mounted on /mnt/cachefs"
         assert host.mounts == 0
+        doctor = host.systemd.run("cachefs", "doctor")
+        assert doctor.returncode == 1
+        assert "not seen from here" in doctor.stdout
     finally:
         host.unchange("tighter")
         host.systemd.systemctl("stop", "cachefs.service")
