@@ -96,11 +96,12 @@ IMAGES_HEADER = ("ID", "NAME", "FORMAT", "SIZE", "CACHED", "PINNED", "PRIORITY",
 
 
 def image_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        row["id"], printable(row["name"] or ""), row["disk_format"] or "", size(row["size"]), size(row["cached"]),
+    cells = (
+        row["id"], row["name"] or "", row["disk_format"] or "", size(row["size"]), size(row["cached"]),
         "pinned" if row["pinned"] else "", row["priority"],
         row["state"] if row["status"] == "active" else row["status"],
     )  # fmt: skip
+    return tuple(map(printable, cells))
 
 
 def _disk(disk: Mapping[str, Any] | None) -> str | None:

@@ -48,7 +48,7 @@ from cachefs.option_types import (
 from cachefs.plan.priorities import Rules
 from cachefs.policies import NAMESPACE
 from cachefs.sources import auth
-from cachefs.words import size
+from cachefs.words import printable_lines, size
 
 DEFAULT_FILE = "/etc/cachefs/cachefs.conf"
 NO_FILE = "there is no such file: write one (`cachefs config sample` shows how), or name yours with --config-file"
@@ -183,11 +183,15 @@ def _log_end_of_thread(args: threading.ExceptHookArgs) -> None:
 
 
 class _OnceFormatter(ContextFormatter):
-    """oslo.log's, but for two things. Where a line is written while an exception is handled, it puts that one
-    behind the line as well: ours say themselves what failed. And of what has several lines it leaves all but the
-    first without their time, so that a text from elsewhere could look like a line of ours."""
+    """oslo.log's, but for three things. Where a line is written while an exception is handled, it puts that one
+    behind the line as well: ours say themselves what failed. Of what has several lines it leaves all but the
+    first without their time, so that a text from elsewhere could look like a line of ours. And it writes what a
+    terminal would obey."""
 
     def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(self._stamped(record), coloured=self.conf.log_color)
+
+    def _stamped(self, record: logging.LogRecord) -> str:
         level = record.levelno
         if not record.exc_info:
             record.levelno = min(level, logging.INFO)  # What it goes by; the level's name is another field.

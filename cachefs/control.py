@@ -39,32 +39,41 @@ class ControlServer:
     def __init__(self, path: str, handlers: Mapping[str, Handler]) -> None:
         self.path, self._handlers = path, handlers
         self._socket: trio.socket.SocketType | None = None
+        self._made: tuple[int, int] | None = None
         self._limit = trio.CapacityLimiter(CONNECTIONS_MAX)
 
     async def open(self) -> None:
         """Begins to listen. Raises ControlError where another daemon does, or the path cannot be used."""
         try:
-            if stat.S_ISSOCK(os.lstat(self.path).st_mode):
-                if await _is_alive(self.path):
-                    raise ControlError(self.path, "another daemon answers there")
-                os.unlink(self.path)
-            else:
-                raise ControlError(self.path, "is there and is no socket")
-        except FileNotFoundError:
-            pass
+            await self._clear()
+            os.makedirs(os.path.dirname(self.path) or ".", mode=0o755, exist_ok=True)
+        except OSError as error:
+            raise ControlError(self.path, f"cannot be made: {error.strerror or error}") from error
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            os.makedirs(os.path.dirname(self.path) or ".", mode=0o755, exist_ok=True)
             before = os.umask(0o117)  # rw-rw----
             try:
                 await listener.bind(self.path)
             finally:
                 os.umask(before)
             listener.listen(CONNECTIONS_MAX)
+            self._made = _identity(self.path)
         except OSError as error:
             listener.close()
-            raise ControlError(self.path, f"cannot be made: {error.strerror}") from error
+            raise ControlError(self.path, f"cannot be made: {error.strerror or error}") from error
         self._socket = listener
+
+    async def _clear(self) -> None:
+        """Removes the socket of a daemon that is gone. Anything else is not this daemon's to remove."""
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise ControlError(self.path, "is there and is no socket")
+        if await _is_alive(self.path):
+            raise ControlError(self.path, "another daemon answers there")
+        os.unlink(self.path)
 
     async def serve(self) -> None:
         """Until cancelled."""
@@ -86,9 +95,12 @@ class ControlServer:
             self._socket.close()
             self._socket = None
             try:
-                os.unlink(self.path)
+                if _identity(self.path) == self._made:  # Or somebody else has put his there since.
+                    os.unlink(self.path)
             except FileNotFoundError:
                 pass
+            except OSError as error:  # Nothing to end otherwise for.
+                log.warning("the control socket stays behind: %s", error)
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         async with self._limit, stream:
@@ -124,6 +136,11 @@ async def _line(stream: trio.SocketStream) -> bytes:
             break
         line += part
     return line
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
 
 
 async def _is_alive(path: str) -> bool:

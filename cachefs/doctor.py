@@ -322,6 +322,15 @@ def _daemon(where: str) -> Findings:
     yield ok("daemon", f"cachefs {status['version']}, pid {status['pid']}: {status['ready']['state']}")
     for reason in status["ready"]["reasons"]:
         yield warning("daemon", reason, "`cachefs status` says more")
+    path = status["mountpoint"]
+    seen = mounted_at(path, Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+    if status["ready"]["is_ready"] and seen is None:
+        yield problem(
+            "daemon",
+            f"has mounted on {path}, not seen from here: it, or this shell, is in a mount namespace of its own",
+            "take PrivateTmp=, ProtectSystem= and the like out of its unit (systemctl cat cachefs); "
+            "to a container, give the mount with propagation",
+        )
 
 
 def _store(config: Config) -> Findings:

@@ -22,7 +22,7 @@ import errno
 import re
 from typing import ClassVar, Self
 
-from cachefs.words import size
+from cachefs.words import printable, size
 
 
 class CachefsError(Exception):
@@ -319,6 +319,7 @@ class OriginError(CachefsError):
     requests: str = ""  # The ids of the request that failed, ours and the origin's, as the logs there have them.
 
     def __init__(self, image: str, detail: str = "") -> None:
+        detail = printable(" ".join(detail.split()))  # Words of a server's, which may be anybody's.
         super().__init__(image, detail)
         self.image, self.detail = image, detail
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+
+# Of lines: control characters but for tab and newline, what separates lines or turns their direction, and halves
+# of characters, which cannot be written at all.
+_OBEYED = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+_IN_LINES = re.compile(_OBEYED)
+_IN_COLOURED_LINES = re.compile(r"(?!\x1b\[[0-9;]*m)" + _OBEYED)
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -36,6 +43,11 @@ def duration(seconds: float) -> str:
 def printable(text: str) -> str:
     """A name that came from elsewhere, with nothing in it that a terminal would obey."""
     return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def printable_lines(text: str, *, coloured: bool = False) -> str:
+    """The same for a text of several lines. `coloured`: colours stay."""
+    return (_IN_COLOURED_LINES if coloured else _IN_LINES).sub("�", text)
 
 
 def width(text: str) -> int:

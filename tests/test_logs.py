@@ -48,13 +48,26 @@ _SCRIPT: Final = """
     thread.join()
     logs.Repeats(log).warning("kind", "it failed: %s", "again", image=IMAGE)
 """
+# Of which a terminal would obey every part.
+_OBEYED: Final = "\x1b[2Jred\x9b2J\rover\u202eturned\ud800half"
+_OBEYED_SCRIPT: Final = f"""
+    import sys
+    from cachefs import config, logs
+    config.load([sys.argv[1]], [], {{}}).log.start()
+    log = logs.get("cachefs.somewhere")
+    log.warning("somebody said %s", {_OBEYED!a})
+    try:
+        raise ValueError({_OBEYED!a})
+    except ValueError:
+        log.exception("unexpected failure")
+"""
 
 
-def lines_of(tmp_path: Path, options: str = "") -> list[str]:
+def lines_of(tmp_path: Path, options: str = "", script: str = _SCRIPT) -> list[str]:
     """What a process with this configuration logs."""
     path = tmp_path / "cachefs.conf"
     path.write_text(f"[DEFAULT]\n{options}\n[glance]\nauth_type = none\nendpoints = http://127.0.0.1:1\n")
-    script = textwrap.dedent(_SCRIPT).replace("IMAGE", repr(IMAGE))
+    script = textwrap.dedent(script).replace("IMAGE", repr(IMAGE))
     done = subprocess.run(
         [sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
@@ -94,6 +107,14 @@ def test_every_line_of_a_log_has_its_time_and_image_also_where_a_format_of_ones_
     lines = lines_of(tmp_path, options.replace("%%", "%"))
     assert f"INFO <[image {IMAGE}] > is here whole now" in lines
     assert any(line.startswith(f"DEBUG <[image {IMAGE}] > one of many") for line in lines)
+
+
+@pytest.mark.parametrize("options", ["", "log_color = true"])
+def test_no_line_has_what_a_terminal_obeys(tmp_path: Path, options: str) -> None:
+    said = "\n".join(lines_of(tmp_path, options, _OBEYED_SCRIPT))
+    assert said.count("�[2Jred�2J�over�turned�half") >= 2, "the message, and the traceback"
+    assert ("\x1b" in said) == bool(options), "colours are oslo.log's own"
+    assert re.findall("\x1b(?!\\[[0-9;]*m)", said) == []
 
 
 def test_in_json_the_image_is_a_field(tmp_path: Path) -> None:

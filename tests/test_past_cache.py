@@ -220,9 +220,8 @@ async def test_a_stop_keeps_what_waits_to_be_read(tmp_path: Path) -> None:
     async with running(tmp_path / "store", span_size=None) as store:
         known = store.view_by_number(view.number)
         assert known is not None
-        assert (
-            known.cached > way.fetcher.counts.bytes_fetched - MIB
-        )  # Of each request the last block came in part.
+        # Of each request the last block came in part.
+        assert known.cached > way.fetcher.counts.bytes_fetched - MIB
         assert known.cached >= 32 * MIB
 
 

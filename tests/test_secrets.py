@@ -1,8 +1,9 @@
 """What lets the daemon in is shown nowhere: not in its log with every library's debug messages on, nor in its
-status, its metrics or its errors, whether Keystone takes it or not.
+status, its metrics, its errors, a report, or what Python says at a sudden end, whether Keystone takes it or not.
 
-The Keystone is real, and so is the Glance behind it. Planted are a password, the secret of an application
-credential, and whatever tokens Keystone gives for them: all of its tokens begin alike.
+The Keystone is real, and so is the Glance behind it. Planted are a password, also in a clouds.yaml, the secret of
+an application credential, a token, and whatever tokens Keystone gives for them: all its tokens begin alike. What
+is logged with debug messages on is all that is logged at any level.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import re
 import secrets
 import signal
-from collections.abc import Callable, Mapping
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -52,13 +54,12 @@ def said_by(node: Node, watched: Watched, image: str, *, may_read: bool) -> str:
     parts = [json.dumps(node.ask("status")), watched.exposition(), watched.get("/readyz")[1]]
     for arguments in (
         ["status"],
-        ["status", "--json"],
         ["images"],
         ["image", image],
         ["prefetch", image],
         ["doctor"],
-        ["doctor", "--json"],
-        ["report"],
+        ["report", "-o", str(node.folder / "report.tar.gz")],
+        ["config", "check"],
         ["debug", "tasks"],
         ["top"],
     ):
@@ -72,28 +73,61 @@ def said_by(node: Node, watched: Watched, image: str, *, may_read: bool) -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize("kind", ["password", "application credential", "wrong password", "wrong secret"])
-def test_no_secret_is_shown_anywhere(kind: str, keystone_cloud: KeystoneCloud, tmp_path: Path) -> None:
-    keystone, glance = keystone_cloud.keystone, keystone_cloud.glance
-    image = glance.upload(f"secrets {kind}", os.urandom(SIZE), visibility="community")
-    options: Mapping[str, str]
-    options = keystone.password_options("cachefs")
-    if "password" not in kind:
-        options = keystone.application_credential_options("cachefs")
-    name = "password" if "password" in kind else "application_credential_secret"
+def report_of(node: Node) -> str:
+    """All that is in the archive."""
+    with tarfile.open(node.folder / "report.tar.gz") as archive:
+        files = [archive.extractfile(entry) for entry in archive]
+        return "\n".join(file.read().decode() for file in files if file is not None)
+
+
+def options_of(kind: str, cloud: KeystoneCloud, folder: Path) -> tuple[dict[str, str], str]:
+    """What `[glance]` says, and the secret that is in it, or in ~/.config/openstack/clouds.yaml."""
+    options = cloud.keystone.password_options("cachefs")
+    if "application credential" in kind or kind == "wrong secret":
+        options = cloud.keystone.application_credential_options("cachefs")
+    if kind == "token":
+        token = cloud.keystone.session("cachefs").get_token()
+        assert token is not None
+        options = {name: options[name] for name in ("auth_url", "project_name", "project_domain_id")}
+        return options | {"auth_type": "v3token", "token": token}, token
+    name = "password" if "password" in options else "application_credential_secret"
     if kind.startswith("wrong"):
-        options = {**options, name: f"planted-{secrets.token_hex(12)}"}
-    secret = options[name]
-    node = Node(tmp_path, glance=dict(options), mount={"read_deadline": 2}, default=LOUD)
+        options[name] = f"planted-{secrets.token_hex(12)}"
+    if kind != "clouds.yaml":
+        return options, options[name]
+    path = folder / ".config" / "openstack" / "clouds.yaml"
+    path.parent.mkdir(parents=True)
+    auth = {key: value for key, value in options.items() if key != "auth_type"}
+    path.write_text(json.dumps({"clouds": {"planted": {"auth": auth}}}))  # Which is YAML too.
+    path.chmod(0o600)
+    return {"cloud": "planted"}, options[name]
+
+
+@pytest.mark.parametrize(
+    "kind", ["password", "application credential", "clouds.yaml", "token", "wrong password", "wrong secret"]
+)
+def test_no_secret_is_shown_anywhere(
+    kind: str, keystone_cloud: KeystoneCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image = keystone_cloud.glance.upload(f"secrets {kind}", os.urandom(SIZE), visibility="community")
+    options, secret = options_of(kind, keystone_cloud, tmp_path)
+    node = Node(tmp_path, glance=options, mount={"read_deadline": 2}, default=LOUD)
     node.configure(metrics={"listen": "127.0.0.1:0"})
     with node:
         watched = Watched(node)
         said = said_by(node, watched, image, may_read=not kind.startswith("wrong"))
-    said += node.log
-    assert "keystoneauth" in node.log or "urllib3" in node.log, "the libraries were loud"
+        said += report_of(node)
+        os.kill(node.pid, signal.SIGABRT)  # As systemd's watchdog ends who is stuck.
+        node.wait_for_end()
+        said += node.log
+        assert "Fatal Python error: Aborted" in node.log
+        assert "keystoneauth" in node.log or "urllib3" in node.log, "the libraries were loud"
+        node.kill()
     assert secret not in said
     assert TOKEN.search(said) is None
-    assert secret not in (tmp_path / "cachefs.conf").read_text().replace(f"{name} = {secret}", "")
+    configuration = (tmp_path / "cachefs.conf").read_text()
+    assert configuration.count(secret) == (0 if kind == "clouds.yaml" else 1), "it is where it was planted"
 
 
 def test_a_configuration_that_is_wrong_is_refused_without_its_secrets(tmp_path: Path) -> None:

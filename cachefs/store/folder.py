@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +15,9 @@ from cachefs.errors import StoreFormat, StoreLocked, StoreUnusable
 from cachefs.store.segments import sync_folder
 
 LOCK, INDEX, SEGMENTS = "lock", "index", "segments"
-DATA = "data.mdb"  # In INDEX, LMDB's own name.
+DATA, DATA_LOCK = "data.mdb", "lock.mdb"  # In INDEX, LMDB's own names.
 ASIDE = "aside-"  # Before the time at which something was set aside.
+BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class StoreLock:
@@ -93,15 +95,42 @@ def make_parts(folder: Path) -> None:
 
 
 def require_own(folder: Path) -> None:
-    """Refuses a folder that this user does not own or cannot use."""
+    """Refuses a folder that this user does not own or cannot use, or that others may write into."""
     try:
-        owner = folder.stat().st_uid
+        info = folder.stat()
     except OSError as error:
         raise StoreUnusable(str(folder), f"cannot be used: {error.strerror}") from error
-    if owner != os.geteuid():
-        raise StoreUnusable(str(folder), f"belongs to user {owner}, and this is user {os.geteuid()}")
+    if info.st_uid != os.geteuid():
+        raise StoreUnusable(str(folder), f"belongs to user {info.st_uid}, and this is user {os.geteuid()}")
+    if info.st_mode & BY_OTHERS:
+        raise StoreUnusable(
+            str(folder), f"others may write into it: look at what is there, then chmod 0700 {folder}"
+        )
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise StoreUnusable(str(folder), "cannot be read and written by this user")
+
+
+def _require_own_part(folder: Path, part: str, *, a_folder: bool) -> None:
+    """Refuses a part of the store that somebody else may have put there, or can change: when it was made, the
+    folder may have been open to others."""
+    try:
+        info = (folder / part).lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(info.st_mode):
+        raise StoreUnusable(str(folder), f"{part} is a symbolic link: a store has its own files")
+    if a_folder and not stat.S_ISDIR(info.st_mode):
+        raise StoreFormat(str(folder), f"{part} is no folder: this is not a cachefs store")
+    if not a_folder and not stat.S_ISREG(info.st_mode):
+        raise StoreUnusable(str(folder), f"{part} is no regular file: a store has its own files")
+    if info.st_uid != os.geteuid():
+        raise StoreUnusable(str(folder), f"{part} belongs to user {info.st_uid}, and this is user {os.geteuid()}")
+    if info.st_mode & BY_OTHERS:
+        raise StoreUnusable(str(folder), f"others may write into {part}: chmod go-w {folder / part}")
+    if not a_folder and info.st_nlink > 1:
+        raise StoreUnusable(
+            str(folder), f"{part} has another name elsewhere (a hard link): a store has its own files"
+        )
 
 
 def foreign(names: Iterable[str]) -> list[str]:
@@ -114,18 +143,17 @@ def require_store(folder: Path, *, empty_will_do: bool) -> None:
     index and holds nothing foreign, or holds segments. With `empty_will_do`, one that is yet to be made is too."""
     try:
         strangers = foreign(os.listdir(folder))
-        links = [part for part in (INDEX, SEGMENTS, f"{INDEX}/{DATA}") if (folder / part).is_symlink()]
-        files = [part for part in (INDEX, SEGMENTS) if (folder / part).exists() and not (folder / part).is_dir()]
+        for part in (INDEX, SEGMENTS):
+            _require_own_part(folder, part, a_folder=True)
+        segments = [f"{SEGMENTS}/{path.name}" for path in (folder / SEGMENTS).glob("*.seg")]
+        for part in (LOCK, f"{INDEX}/{DATA}", f"{INDEX}/{DATA_LOCK}", *sorted(segments)):
+            _require_own_part(folder, part, a_folder=False)
         has_index = (folder / INDEX / DATA).exists()
-        has_segments = any((folder / SEGMENTS).glob("*.seg"))
-        strays = _names(folder / INDEX) - {DATA, "lock.mdb"} if not has_index else set()
+        has_segments = bool(segments)
+        strays = _names(folder / INDEX) - {DATA, DATA_LOCK} if not has_index else set()
         strays |= _names(folder / SEGMENTS) if not has_segments else set()
     except OSError as error:
         raise StoreUnusable(str(folder), f"cannot be used: {error.strerror}") from error
-    for part in links:
-        raise StoreUnusable(str(folder), f"{part} is a symbolic link: a store has its own files")
-    for part in files:
-        raise StoreFormat(str(folder), f"{part} is no folder: this is not a cachefs store")
     if has_segments or (has_index and not strays):
         return
     if strangers or strays:
