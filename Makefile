@@ -1,6 +1,8 @@
 # Each target sets up what it needs first; make help names them.
 
 PYTHON_VENV := .venv/bin/python
+# Half of what the tests do is to wait.
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench docs man clean
@@ -23,7 +25,7 @@ demo: setup
 
 test:
 	@setup/install test
-	@$(PYTHON_VENV) -m pytest $(ARGS)
+	@$(PYTHON_VENV) -m pytest -n $(TEST_PROCESSES) $(ARGS)
 
 lint: setup
 	@$(PYTHON_VENV) -m ruff check

@@ -211,14 +211,14 @@ def _mount(arguments: argparse.Namespace) -> int:
 def _asker(arguments: argparse.Namespace) -> Ask:
     """Puts requests to the daemon of this configuration; of where a daemon without one listens, if there is
     none."""
-    from cachefs import config, control
+    from cachefs import config, control, options
 
     try:
         path = config.load(arguments.config_file, arguments.config_dir, {}).control.socket
     except ConfigError as error:
-        if error.option != config.DEFAULT_FILE or error.reason != config.NO_FILE:
+        if error.option != options.DEFAULT_FILE or error.reason != config.NO_FILE:
             raise
-        path = config.DEFAULT_SOCKET
+        path = options.DEFAULT_SOCKET
         if not os.path.exists(path):
             raise
     return partial(control.ask, path)
@@ -487,17 +487,17 @@ def _finding(found: Finding) -> dict[str, str]:
 
 
 def _config_sample(arguments: argparse.Namespace) -> int:
-    from cachefs import config
+    from cachefs.config_sample import sample
 
-    print(config.sample(), end="")
+    print(sample(), end="")
     return DONE
 
 
 def _config_check(arguments: argparse.Namespace) -> int:
-    from cachefs import config
+    from cachefs import config, config_doubts
 
     faults = config.check(arguments.config_file, arguments.config_dir)
-    doubts = config.warnings(arguments.config_file, arguments.config_dir)
+    doubts = config_doubts.warnings(arguments.config_file, arguments.config_dir)
     if arguments.json:
         rows = [{"option": fault.option, "reason": fault.reason} for fault in faults]
         _print_json({"sound": not faults, "faults": rows, "warnings": doubts})

@@ -29,7 +29,7 @@ from cachefs.notify import notify, watchdog_s
 from cachefs.stacks import log_stacks
 from cachefs.status import Status
 from cachefs.store.content import Store
-from cachefs.store.health import STOP_S, State
+from cachefs.store.health import PATIENCE, Health, Patience, State
 
 log = logs.get(__name__)
 
@@ -39,13 +39,14 @@ SWITCH_INTERVAL_S = 0.0005
 STATUS_INTERVAL_S = 10.0
 
 
-def run(config: Config) -> None:
-    """Runs the daemon until SIGTERM, SIGINT or an unmount. Raises CachefsError when it cannot start."""
+def run(config: Config, patience: Patience = PATIENCE) -> None:
+    """Runs the daemon until SIGTERM, SIGINT or an unmount, with so much patience with the store's disk. Raises
+    CachefsError when it cannot start."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     faulthandler.enable()  # SIGABRT is how systemd ends who does not feed its watchdog any more.
     _raise_file_limit()
     try:
-        trio.run(_main, config)
+        trio.run(_main, config, patience)
     except BaseExceptionGroup as failures:
         # Nurseries wrap what they let through. One line is for what can be said in one; the rest is a bug.
         known, others = failures.split(CachefsError)
@@ -59,7 +60,7 @@ def _first_of(failures: BaseExceptionGroup[CachefsError]) -> CachefsError:
     return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-async def _main(config: Config) -> None:
+async def _main(config: Config, patience: Patience) -> None:
     require_mountpoint(config.mount.mountpoint)  # Before a store is made that nobody can use.
     store = Store.open(
         Path(config.store.path),
@@ -67,6 +68,7 @@ async def _main(config: Config) -> None:
         config.store.span_size,
         config.store.commit_interval,
         verify_first_read=config.store.verify_first_read,
+        health=Health(patience=patience),
     )
     try:
         await _serve(Node(config, store))
@@ -154,7 +156,7 @@ def _bound_the_stop(store: Store) -> None:
         logging.shutdown()
         os._exit(1)
 
-    timer = threading.Timer(STOP_S, leave)
+    timer = threading.Timer(store.health.patience.stop_s, leave)
     timer.daemon = True
     timer.start()
 

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from cachefs import config as configuration
-from cachefs import control, limited
+from cachefs import config_doubts, control, limited
 from cachefs.config import Config
+from cachefs.config_files import files_read
 from cachefs.errors import CachefsError, ControlError
 from cachefs.hiding import Hiding, cloud_files
+from cachefs.options import plain_options
 from cachefs.shown import BOLD, STATE_COLOURS, coloured
 from cachefs.words import padded, printable, size
 
@@ -118,8 +120,8 @@ def _told(check: Callable[[], Findings]) -> Callable[[limited.Say], None]:
 
 def _learn_secrets(hiding: Hiding, files: Sequence[str], config_dirs: Sequence[str]) -> None:
     hiding.know_environment(os.environ)
-    plain = configuration.plain_options()
-    for path in [*map(Path, configuration.files_read(files, config_dirs)), *cloud_files()]:
+    plain = plain_options()
+    for path in [*map(Path, files_read(files, config_dirs)), *cloud_files()]:
         try:
             text = path.read_text(errors="replace")
         except OSError:
@@ -176,12 +178,12 @@ def _configuration(files: Sequence[str], config_dirs: Sequence[str]) -> Findings
     faults = configuration.check(files, config_dirs)
     for fault in faults:
         yield problem("configuration", str(fault), "mend it; `cachefs config sample` shows every option")
-    doubts = configuration.warnings(files, config_dirs)
+    doubts = config_doubts.warnings(files, config_dirs)
     for doubt in doubts:
         found, _, mend = doubt.partition(": chmod ")
         yield warning("configuration", found, f"chmod {mend}" if mend else "mend it, if it is not meant so")
     if not faults and not doubts:
-        yield ok("configuration", ", ".join(configuration.files_read(files, config_dirs)) or "the defaults")
+        yield ok("configuration", ", ".join(files_read(files, config_dirs)) or "the defaults")
 
 
 # ── The kernel, FUSE, the mount ───────────────────────────────────────────────────────────────────────
@@ -353,7 +355,7 @@ def _store(config: Config) -> Findings:
             "space", f"{size(free)} are free and min_free is {size(least)}: nothing new is kept",
             "make room on that filesystem, or lower min_free",
         )  # fmt: skip
-    elif most < configuration.SMALL_STORE:
+    elif most < config_doubts.SMALL_STORE:
         yield warning("space", f"{words}: less than most images have", "raise max_size")
     else:
         yield ok("space", words)

@@ -20,8 +20,10 @@ from typing import Any
 from cachefs import __version__, control, doctor, limited
 from cachefs import config as configuration
 from cachefs.config import Config
+from cachefs.config_files import files_read
 from cachefs.errors import CachefsError, Refused
 from cachefs.hiding import Hiding, cloud_files
+from cachefs.options import DEFAULT_SOCKET, plain_options
 
 LOG_BYTES = 256 << 10
 PART_BYTES_MAX = 4 << 20
@@ -41,7 +43,7 @@ def collect(files: Sequence[str], config_dirs: Sequence[str], limit_s: float) ->
         config = configuration.load(files, config_dirs, {})
     except CachefsError as error:
         shown += f"\n\nnot sound: {error}"
-    where = config.control.socket if config is not None else configuration.DEFAULT_SOCKET
+    where = config.control.socket if config is not None else DEFAULT_SOCKET
     works: dict[str, Callable[[], str]] = {
         "versions.txt": _versions,
         "kernel.txt": lambda: _kernel(config),
@@ -118,9 +120,9 @@ def _archive(parts: Mapping[str, str]) -> bytes:
 
 
 def _configurations(hiding: Hiding, files: Sequence[str], config_dirs: Sequence[str]) -> str:
-    plain = configuration.plain_options()
+    plain = plain_options()
     parts = []
-    for path in map(Path, configuration.files_read(files, config_dirs)):
+    for path in map(Path, files_read(files, config_dirs)):
         parts.append(f"# {path}{_mode(path)}")
         try:
             parts.append(hiding.config(path.read_text(errors="replace"), plain))

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import Scheduling
 
+from tests import sharing
 from tests.cloud import Glance, Keystone
 from tests.node import missing_for_loops, missing_for_mounts
 
@@ -23,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if lacking is not None and item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=lacking))
+    sharing.longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return sharing.Sharing(config, log)
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,9 @@ class Node:
         glance: Mapping[str, object] | None = None,
         default: Mapping[str, object] | None = None,
         wrapper: Sequence[str] = (),
+        program: str = "cachefs.cli",
     ) -> None:
-        """`wrapper` is a command that ends by running the words that follow it."""
+        """`wrapper` is a command that ends by running the words after it; `program` is the daemon's module."""
         self.folder = folder
         self.config_file = folder / "cachefs.conf"
         self.mountpoint, self.store = folder / "mnt", Path(str((store or {}).get("path", folder / "store")))
@@ -117,7 +118,7 @@ class Node:
             # There are others on this machine: a test of the metrics takes a port that is free.
             "metrics": {"listen": ""},
         }
-        self._wrapper = list(wrapper)
+        self._wrapper, self._program = list(wrapper), program
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: _Watch | None = None
         self.mountpoint.mkdir(exist_ok=True)
@@ -154,7 +155,7 @@ class Node:
 
     @property
     def command(self) -> list[str]:
-        daemon = [sys.executable, "-m", "cachefs.cli", "mount", "--config-file", str(self.config_file)]
+        daemon = [sys.executable, "-m", self._program, "mount", "--config-file", str(self.config_file)]
         return [*self._wrapper, "setpriv", "--pdeathsig", "TERM", *daemon]
 
     @property

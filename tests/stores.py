@@ -27,7 +27,7 @@ from cachefs.plan.extents import PAGE, Extent, ceil, coalesce, pieces, subtract
 from cachefs.store import format as f
 from cachefs.store.content import Limits, Store, StoredView
 from cachefs.store.format import Punch, SegmentNo, SpanNo, ViewKind, ViewNo
-from cachefs.store.health import Health
+from cachefs.store.health import Health, Patience
 from cachefs.store.index import MAP_SIZE_FIRST, Index, Snapshot, WriteSet
 from cachefs.store.recover import Opened, open_store
 from cachefs.store.segments import CutShort, Segments
@@ -128,7 +128,7 @@ class _Patient(Health):
 def patient() -> Health:
     """For virtual time, which jumps while a thread works: nothing that a thread does is late, and there are no
     probes."""
-    return _Patient(read_limit_s=inf, write_limit_s=inf)
+    return _Patient(patience=Patience(read_s=inf, write_s=inf))
 
 
 def view_of(store: Store, number: int, size: int) -> StoredView:

@@ -16,8 +16,9 @@ from keystoneauth1 import exceptions, loading
 from keystoneauth1.identity import V3ApplicationCredential, generic
 from keystoneauth1.noauth import NoAuth
 
-from cachefs import config
+from cachefs import config, options
 from cachefs.config import Config
+from cachefs.config_sample import sample
 from cachefs.errors import ConfigError
 from cachefs.option_types import Address, Amount
 from cachefs.sources.auth import SPARE_CONNECTIONS
@@ -80,7 +81,7 @@ clouds:
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("OS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(config, "DEFAULT_FILE", str(tmp_path / "absent.conf"))
+    monkeypatch.setattr(options, "DEFAULT_FILE", str(tmp_path / "absent.conf"))
     (tmp_path / "clouds.yaml").write_text(CLOUDS)
     monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(tmp_path / "clouds.yaml"))
 
@@ -376,7 +377,7 @@ def test_later_files_win_and_folders_come_last_in_order(file: Path, tmp_path: Pa
 
 
 def test_the_default_file_is_read_if_it_is_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "DEFAULT_FILE", str(file))
+    monkeypatch.setattr(options, "DEFAULT_FILE", str(file))
     with pytest.raises(ConfigError, match="there is no such file: write one"):
         config.load([], [], {})
     assert [fault.option for fault in config.check([])] == [str(file), "glance/auth_type"]
@@ -574,7 +575,7 @@ def test_the_pool_holds_all_connections_and_keeps_them_alive(file: Path) -> None
 
 
 def test_the_sample_is_accepted_with_every_default_written_out(file: Path) -> None:
-    shown = config.sample()
+    shown = sample()
     written = re.sub(r"^#(\w+ =(?! <None>))", r"\1", shown, flags=re.MULTILINE)
     assert written.count("\nretries = 4\n") == 1
     overrides = {"glance/auth_type": "none", "glance/endpoint_override": "http://127.0.0.1:9292"}
@@ -589,7 +590,7 @@ def test_every_option_of_the_sample_is_known(file: Path) -> None:
     """Whichever plugin is chosen: each option that the sample shows is known to one of them."""
     names = {
         (section, name)
-        for section, body in re.findall(r"^\[(\w+)\]\n(.*?)(?=^\[|\Z)", config.sample(), re.MULTILINE | re.DOTALL)
+        for section, body in re.findall(r"^\[(\w+)\]\n(.*?)(?=^\[|\Z)", sample(), re.MULTILINE | re.DOTALL)
         for name in re.findall(r"^#(\w+) =", body, re.MULTILINE)
     }
     assert {section for section, _ in names} == {
@@ -617,7 +618,7 @@ def test_every_option_of_the_sample_is_known(file: Path) -> None:
 
 
 def test_the_sample_names_what_an_operator_needs() -> None:
-    shown = config.sample()
+    shown = sample()
     for option in ("cloud", "auth_type", "auth_url", "password", "application_credential_secret", "cafile"):
         assert f"\n#{option} =" in shown
     for left_out in ("timeout", "connect_retries", "collect_timing"):

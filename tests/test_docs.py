@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import pytest
 
 from cachefs import cli, config, errors, mount_helper
-from cachefs.config import _log_options
+from cachefs.options import list_opts, log_options
 from cachefs.store import format as f
 from docs import reference
 
@@ -41,7 +41,10 @@ IMPORTERS: Final = {
     "stevedore": {"cachefs.policy_host"},
     "zstandard": {"cachefs.formats.decompress"},
     "isal": {"cachefs.formats.decompress"},
-    "oslo_config": {"cachefs.config", "cachefs.option_types", "cachefs.sources.auth"},
+    "oslo_config": {
+        *("cachefs.config", "cachefs.config_files", "cachefs.config_sample"),
+        *("cachefs.options", "cachefs.option_types", "cachefs.sources.auth"),
+    },
 }
 PURE: Final = (
     {"cachefs.errors", "cachefs.words", "cachefs.histogram", "cachefs.sources.circuit"}
@@ -179,7 +182,7 @@ def test_every_option_is_in_the_reference() -> None:
         else:
             sections[list(sections)[-1]][option] = default
     assert {name: set(known) for name, known in sections.items()} == {
-        group.name: {opt.dest for opt in opts} for group, opts in config.list_opts()
+        group.name: {opt.dest for opt in opts} for group, opts in list_opts()
     }
     assert (sections["store"]["max_size"], sections["mount"]["file_mode"]) == ("80%", "0444")
     assert sections["glance"]["valid_interfaces"] == "internal, public"
@@ -189,7 +192,7 @@ def test_every_option_is_in_the_reference() -> None:
 def test_the_options_of_oslo_log_that_are_named_exist() -> None:
     named = re.findall(r"^\| `(\w+)` \|", text("configuration.md").partition("## Every option")[0], re.MULTILINE)
     assert "debug" in named
-    assert set(named) <= {opt.dest for opt in _log_options()}
+    assert set(named) <= {opt.dest for opt in log_options()}
 
 
 # ── docs/semantics.md ─────────────────────────────────────────────────────────────────────────────────

@@ -18,8 +18,10 @@ from typing import Any, Final
 
 import pytest
 
-from cachefs import config, doctor, limited
+from cachefs import doctor, limited
+from cachefs.config_sample import sample
 from cachefs.hiding import HIDDEN, Hiding
+from cachefs.options import plain_options
 from tests.cloud.service import clean_environment, poll_until
 from tests.node import Node, errno_of, read_direct
 from tests.origin import IgnoreRange, Kind, OriginImage, ScriptedOrigin, Stall, Status, pattern
@@ -77,7 +79,7 @@ oidc_thing: unknown-to-us
 option = team.key = plug-in-secret
 not an option
 """
-    shown = hiding.config(text, config.plain_options())
+    shown = hiding.config(text, plain_options())
     assert "debug = true\n[glance]\nauth_url = http://k/v3\n" in shown
     for word in ("in-a-comment", PLANTED, "and-more-of-it", "unknown-to-us", "plug-in-secret", "not an option"):
         assert word not in shown
@@ -130,7 +132,7 @@ def test_config_check_warns_of_what_is_hardly_meant(tmp_path: Path) -> None:
 
 
 def test_the_sample_begins_with_what_is_needed_most() -> None:
-    sections = re.findall(r"^\[(\w+)\]$", config.sample(), re.MULTILINE)
+    sections = re.findall(r"^\[(\w+)\]$", sample(), re.MULTILINE)
     assert sections[:3] == ["glance", "store", "mount"]
     assert sections[-1] == "DEFAULT"
 

@@ -17,29 +17,42 @@ import pytest
 import trio
 
 from cachefs import confine
-from cachefs.sandbox import LIMITS, SAID_MAX, Account, Ending, Limits, harmless, sandboxed
+from cachefs.sandbox import LIMITS, NOBODY, SAID_MAX, Account, Ending, Limits, harmless, sandboxed
 from tests.converters import children, helpers
 
 PYTHON: Final = "/usr/bin/python3"  # Not this test's own: nobody else can read that everywhere.
 SHELL: Final = "/bin/sh"
 AS_ROOT: Final = os.geteuid() == 0
+UIDS_OF_NONE: Final = 1 << 24  # From here on no user is to be found.
 
 
 async def _run(
-    command: Sequence[str], files: Sequence[int] = (), listening: int = 0, limits: Limits = LIMITS
+    command: Sequence[str], files: Sequence[int], listening: int, limits: Limits, account: Account
 ) -> Ending:
-    async with sandboxed(command, files, listening, limits=limits) as process:
+    async with sandboxed(command, files, listening, limits=limits, account=account) as process:
         return await process.wait()
 
 
-def run(command: Sequence[str], files: Sequence[int] = (), listening: int = 0, limits: Limits = LIMITS) -> Ending:
-    return trio.run(_run, command, files, listening, limits)
+def run(
+    command: Sequence[str],
+    files: Sequence[int] = (),
+    listening: int = 0,
+    limits: Limits = LIMITS,
+    account: Account = NOBODY,
+) -> Ending:
+    return trio.run(_run, command, files, listening, limits, account)
 
 
-def ask(program: str, files: Sequence[int] = (), listening: int = 0, limits: Limits = LIMITS) -> str:
+def ask(
+    program: str,
+    files: Sequence[int] = (),
+    listening: int = 0,
+    limits: Limits = LIMITS,
+    account: Account = NOBODY,
+) -> str:
     """What `program` prints on its stderr, if it comes to its end."""
     program = f"import os, sys, socket, ctypes\nsys.stdout = sys.stderr\n{program}"
-    ending = run([PYTHON, "-I", "-S", "-c", program], files, listening, limits)
+    ending = run([PYTHON, "-I", "-S", "-c", program], files, listening, limits, account)
     assert ending.status == 0, ending
     return ending.said
 
@@ -227,16 +240,17 @@ def test_its_life_is_bounded_and_that_of_its_children() -> None:
     assert str(ending) == "was killed: its time was up"
 
 
-def _is_nobodys(proc: Path) -> bool:
+def _is_of(account: Account, proc: Path) -> bool:
     try:
-        return proc.stat().st_uid == 65534
+        return proc.stat().st_uid == account.uid
     except FileNotFoundError:
         return False
 
 
 def test_processes_are_bounded() -> None:
-    # Of the same user there may be others on this machine.
-    taken = sum(len(os.listdir(proc / "task")) for proc in Path("/proc").glob("[0-9]*") if _is_nobodys(proc))
+    # Of the same user there may be others on this machine: where that can be chosen, it is one that nobody is.
+    account = Account(UIDS_OF_NONE + os.getpid(), 65534) if AS_ROOT else NOBODY
+    taken = sum(len(os.listdir(proc / "task")) for proc in Path("/proc").glob("[0-9]*") if _is_of(account, proc))
     assert ask(
         """
 n = 0
@@ -249,6 +263,7 @@ except BlockingIOError:
     print(n < 20)
 """,
         limits=Limits(processes_max=taken + 10),
+        account=account,
     ) == ("True")
 
 

@@ -623,10 +623,11 @@ class Store:
         map_size: int = MAP_SIZE_FIRST,
         *,
         verify_first_read: bool = True,
+        health: Health | None = None,
     ) -> Store:
         """Opens or makes the store in `folder`, recovering what a crash left. Raises StoreUnusable."""
         opened = open_store(folder, span_size, map_size)
-        return cls(opened, limits, commit_interval_s, verify_first_read=verify_first_read)
+        return cls(opened, limits, commit_interval_s, verify_first_read=verify_first_read, health=health)
 
     async def run(self) -> None:
         """Until `writer.stop`: everything that was handed over is landed and committed then."""

@@ -75,6 +75,23 @@ RELAPSE_S = 600.0
 # How long the end of the daemon waits for a commit when the disk is not healthy.
 STOP_S = 10.0
 
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the disk is waited for, and how often it is probed, in seconds."""
+
+    read_s: float = READ_LIMIT_S
+    read_degraded_s: float = READ_LIMIT_DEGRADED_S
+    write_s: float = WRITE_LIMIT_S
+    landing_s: float = LANDING_LIMIT_S
+    probe_every_s: float = PROBE_S
+    probe_down_every_s: float = PROBE_DOWN_S
+    probe_s: float = PROBE_LIMIT_S
+    stop_s: float = STOP_S
+
+
+PATIENCE = Patience()
+
 # Errors that say nothing about the disk: it is full, or the process lacks something.
 _NOT_THE_DISK = frozenset(
     (
@@ -138,6 +155,7 @@ class Side:
     on_change: Callable[[], None] = lambda: None
     clock: Callable[[], float] = trio.current_time
     to_thread: ToThread = trio.to_thread.run_sync
+    patience: Patience = PATIENCE
     state: State = State.HEALTHY
     why: str | None = None
     since_s: float | None = None  # Seconds since 1970, for whoever asks: `clock` is for the loop.
@@ -265,7 +283,8 @@ class Side:
     async def patiently(self, what: str, work: Callable[[*Args], T], *args: *Args) -> T:
         """The same for a thread that must not be left behind: waits to its end, and notes that it is late. Raises
         what `work` raises."""
-        operation = self.begin(what, min(self.limit_s, LANDING_LIMIT_S) if what == LANDING else self.limit_s)
+        limit_s = min(self.limit_s, self.patience.landing_s) if what == LANDING else self.limit_s
+        operation = self.begin(what, limit_s)
         try:
             result: T = await self.to_thread(work, *args)
             return result
@@ -305,7 +324,8 @@ class Side:
         while True:
             while self.state is State.HEALTHY:
                 await self._turn.wait()
-            await trio.sleep(PROBE_S if self.state is State.DEGRADED else PROBE_DOWN_S)
+            degraded = self.state is State.DEGRADED
+            await trio.sleep(self.patience.probe_every_s if degraded else self.patience.probe_down_every_s)
             self.note_probe(await self._probe_once(work))
 
     async def _probe_once(self, work: Callable[[], object]) -> str | None:
@@ -321,13 +341,13 @@ class Side:
                 self._probe = None
 
         try:
-            with trio.move_on_after(PROBE_LIMIT_S):
+            with trio.move_on_after(self.patience.probe_s):
                 await self.to_thread(in_thread, abandon_on_cancel=True)
                 return None
         except OSError as error:
             return f"a probe: {error.strerror or error}"
         assert self._probe in (probe, None)
-        return f"a probe that did not end in {PROBE_LIMIT_S:.0f} s"
+        return f"a probe that did not end in {self.patience.probe_s:.0f} s"
 
     def status(self) -> dict[str, Any]:
         """From any thread."""
@@ -356,13 +376,13 @@ class Health:
         *,
         clock: Callable[[], float] = trio.current_time,
         to_thread: ToThread = trio.to_thread.run_sync,
-        read_limit_s: float = READ_LIMIT_S,
-        write_limit_s: float = WRITE_LIMIT_S,
+        patience: Patience = PATIENCE,
     ) -> None:
         self.on_change = on_change
-        degraded_s = min(read_limit_s, READ_LIMIT_DEGRADED_S)
-        self.reads = Side("reads", read_limit_s, degraded_s, self._changed, clock, to_thread)
-        self.writes = Side("writes", write_limit_s, write_limit_s, self._changed, clock, to_thread)
+        self.patience = patience
+        rest = self._changed, clock, to_thread, patience
+        self.reads = Side("reads", patience.read_s, patience.read_degraded_s, *rest)
+        self.writes = Side("writes", patience.write_s, patience.write_s, *rest)
 
     def _changed(self) -> None:
         self.on_change()
