@@ -24,6 +24,7 @@ from oslo_log import log
 from oslo_log.formatters import ContextFormatter
 
 from cachefs import __version__
+from cachefs.asking import DEFAULT_FILE, DEFAULT_SOCKET
 from cachefs.errors import ConfigError
 from cachefs.hiding import cloud_files, is_secret, readable_by_all
 from cachefs.option_types import (
@@ -50,9 +51,7 @@ from cachefs.policies import NAMESPACE
 from cachefs.sources import auth
 from cachefs.words import size
 
-DEFAULT_FILE = "/etc/cachefs/cachefs.conf"
 NO_FILE = "there is no such file: write one (`cachefs config sample` shows how), or name yours with --config-file"
-DEFAULT_SOCKET = "/run/cachefs/control.sock"
 SMALL_STORE = 1 << 30
 
 INSTANCES = "/var/lib/nova/instances"  # Nova's, if nobody says otherwise.

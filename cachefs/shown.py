@@ -21,7 +21,7 @@ BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "31", "32", "33", "36"
 STATE_COLOURS: Final = {
     "verified": GREEN, "complete": GREEN, "partial": CYAN, "refused": RED, "condemned": RED, "gone": YELLOW,
     "ok": GREEN, "warning": YELLOW, "problem": RED, "healthy": GREEN, "ready": GREEN, "degraded": YELLOW,
-    "unready": RED, "pinned": CYAN,
+    "unready": RED, "pinned": CYAN, "at risk": RED,
 }  # fmt: skip
 
 COLUMNS_MIN: Final = 20
