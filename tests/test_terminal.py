@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import pyte
 import pytest
 
 from cachefs import answers, asking, cli, completion
@@ -289,6 +290,28 @@ def test_who_may_not_ask_is_told_so(node: Node) -> None:
         os.seteuid(0)
 
 
+@pytest.mark.mount
+@pytest.mark.parametrize(("columns", "lines"), [(60, 12), (80, 24), (120, 40)])
+def test_top_fills_a_screen_and_no_more(node: Node, columns: int, lines: int) -> None:
+    command = [*CACHEFS, "top", "--interval", "0.2", "--config-file", str(node.config_file)]
+    screen = pyte.Screen(columns, lines)
+    with (
+        node.path(B).open("rb"),
+        Terminal(command, columns=columns, lines=lines) as terminal,
+    ):
+        terminal.read_until(r"(?s)waiting.*\x1b\[H.*\x1b\[J")
+        pyte.Stream(screen).feed(terminal.said)
+        terminal.press("q")
+        assert terminal.end(10) == 0
+    shown = [line.rstrip() for line in screen.display]
+    assert shown[0].startswith("cachefs "), "nothing has scrolled"
+    assert shown[1].startswith("guests   ")
+    images = next(at for at, line in enumerate(shown) if line.startswith("IMAGE "))
+    if lines > 12:
+        assert shown[images + 1].startswith(B[:8])
+    assert shown[-1] == ""
+
+
 # ── Frames ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -299,9 +322,9 @@ def test_a_frame_fits_any_terminal(node: Node) -> None:
         {"image": A, "priority": "demand", "start": 0, "arrived": 1, "length": MIB, "started": True, "readers": 3}
     ] * 100
     now, before = Look(2.0, status, moving), Look(1.0, status, moving)
-    for columns, height in ((20, 5), (80, 24), (200, 50)):
+    for columns, height in ((20, 5), (60, 12), (80, 24), (200, 50)):
         lines = frame(now, before, columns, height)
-        assert all(width(re.sub(r"\x1b\[\d*m", "", line)) <= max(columns, 75) for line in lines)
+        assert all(width(re.sub(r"\x1b\[\d*m", "", line)) <= columns for line in lines)
     gone = frame(Look(3.0, error="away\x1b[2J"), now, 80, 24)
     assert "away" in gone[0]
     assert "\x1b[2J" not in "".join(gone)
