@@ -5,13 +5,14 @@ PYTHON_VENV := .venv/bin/python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench docs man clean
+.PHONY: help setup demo test lint bench docs man pictures clean
 
 help:
 	@echo "make setup           system packages (apt) and .venv; does nothing where all is there"
 	@echo "make demo            a real Glance and a mount, and what they do   KEEP=1 leaves them running"
 	@echo "make test            the tests                                     ARGS='-k store'"
 	@echo "make lint            ruff and mypy"
+	@echo "make pictures        the pictures of docs/commands.md, from a real daemon"
 	@echo "make bench           the benchmarks                                ARGS=..."
 	@echo "make docs            the documentation as a site: build/docs/html/index.html"
 	@echo "make man             the manual pages: build/man"
@@ -31,6 +32,9 @@ lint: setup
 	@$(PYTHON_VENV) -m ruff check
 	@$(PYTHON_VENV) -m ruff format --check
 	@$(PYTHON_VENV) -m mypy
+
+pictures: setup
+	@$(PYTHON_VENV) -m demo.pictures
 
 bench:
 	@setup/install bench

@@ -29,6 +29,8 @@ from bench import (
     raw,
     scrub,
     sequential_cold,
+    start,
+    status_outage,
     warm,
 )
 from bench.lab import Lab
@@ -48,6 +50,8 @@ BENCHMARKS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "scrub": scrub.run,
     "first-read": first_read.run,
     "metrics": metrics.run,
+    "start": start.run,
+    "status-outage": status_outage.run,
     "raw-first": raw.first,
     "raw-sequential": raw.sequential,
     "raw-warm": raw.warm,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cachefs.words import duration, printable, size
+from cachefs.words import counted, duration, printable, rate, size, width
 
 Rows = list[tuple[str, str]]
 
@@ -18,8 +18,10 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
     evictor = found["evictor"]
     evicted = sum(cause["bytes"] for cause in evictor["evicted"].values())
     rows = [
+        ("state", found["ready"]["state"]),
         ("mounted on", found["mountpoint"]),
         ("daemon", f"cachefs {found['version']}, pid {found['pid']}, up {duration(found['uptime'])}"),
+        ("Glance", found["images"]["glance_reason"] or _glance_words(found)),
         ("images", f"{found['images']['known']} known, {found['images']['open']} open"),
         (
             "store",
@@ -29,14 +31,15 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
         ("reads", f"{reads['hits']} hits, {reads['misses']} misses, {reads['waiting']} waiting"),
         (
             "fetched",
-            f"{size(fetcher['bytes_fetched'])} in {fetcher['requests']} requests, {fetcher['flights']} under way",
+            f"{size(fetcher['bytes_fetched'])} in {counted(fetcher['requests'], 'request')}, "
+            f"{fetcher['flights']} under way",
         ),
         (
             "since start",
             f"{size(store['bytes_shared'])} not stored, as it was there already; {size(store['bytes_zero'])} of "
             f"zeros; {size(evicted)} evicted",
         ),
-        ("pinned", f"{evictor['pinned_images']} images, {size(evictor['pinned_bytes'])}"),
+        ("pinned", f"{counted(evictor['pinned_images'], 'image')}, {size(evictor['pinned_bytes'])}"),
         ("instances", _instances_words(found["instances"])),
         ("scrub", _scrub_words(found["scrub"])),
         *_precache_rows(found["precache"]),
@@ -47,11 +50,19 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
         rows.append(("full", evictor["stuck"]))
     if store["trouble"]:
         rows.append(("not kept", f"{size(store['bytes_not_kept'])}: {store['trouble']}"))
-    if found["images"]["glance_trouble"]:
-        rows.append(("Glance", found["images"]["glance_trouble"]))
     rows += [("at risk", f"{image}: {why}") for image, why in found["hydration"]["at_risk"].items()]
     rows += _origin_rows(found["origin"])
     return [(name, printable(value)) for name, value in rows]
+
+
+def _glance_words(found: Mapping[str, Any]) -> str:
+    """Of a Glance that answers: which, and what a request costs."""
+    fetcher = found["fetcher"]
+    in_use = [e["url"] or "the catalog's endpoint" for e in found["origin"]["endpoints"] if e["in_use"]]
+    words = f"{in_use[0]} answers" if in_use else "answers"
+    if fetcher["link_bytes_per_second"]:
+        words += f", {fetcher['request_cost_ms']:.0f} ms a request and {rate(fetcher['link_bytes_per_second'])}"
+    return words
 
 
 def _origin_rows(origin: Mapping[str, Any]) -> Rows:
@@ -64,7 +75,8 @@ def _origin_rows(origin: Mapping[str, Any]) -> Rows:
 
 
 def _instances_words(instances: Mapping[str, Any]) -> str:
-    words = f"{instances['disks']} disks stand on {instances['images']} images"
+    verb = "stands" if instances["disks"] == 1 else "stand"
+    words = f"{counted(instances['disks'], 'disk')} {verb} on {counted(instances['images'], 'image')}"
     for folder in instances["folders"]:
         if folder["trouble"] is not None:
             words += f"; {folder['path']}: {folder['trouble']}"
@@ -76,7 +88,10 @@ def _instances_words(instances: Mapping[str, Any]) -> str:
 def _precache_rows(precache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if precache["policies"] or precache["held_images"]:
         here = f"{size(precache['cached_bytes'])} of {size(precache['held_bytes'])}"
-        yield "pre-cached", f"{precache['held_images']} images, {here}; {precache['pinned_images']} pinned"
+        yield (
+            "pre-cached",
+            f"{counted(precache['held_images'], 'image')}, {here}; {precache['pinned_images']} pinned",
+        )
     if precache["error"] is not None:
         yield "policies", f"not asked: {precache['error']}"
     for policy, why in precache["failed"].items():
@@ -92,6 +107,8 @@ def _scrub_words(scrub: Mapping[str, Any]) -> str:
     return words
 
 
+# Where an id is cut: between its groups.
+ID_LENGTHS = (8, 13, 18, 23)
 IMAGES_HEADER = ("ID", "NAME", "FORMAT", "SIZE", "CACHED", "PINNED", "PRIORITY", "STATE")
 
 
@@ -102,6 +119,40 @@ def image_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["state"] if row["status"] == "active" else row["status"],
     )  # fmt: skip
     return tuple(map(printable, cells))
+
+
+def images_table(
+    found: Sequence[Mapping[str, Any]], columns: int | None
+) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Header and rows; all of it where `columns` is None. On a terminal on which it does not fit, columns go that
+    say the same of every image, and then of the ids all but what tells them apart: names are what people read, and
+    commands take the beginning of an id."""
+    header: Sequence[str] = IMAGES_HEADER
+    rows: list[Sequence[str]] = [image_cells(row) for row in found]
+    if columns is None or not rows or _columns(header, rows) <= columns:
+        return header, rows
+    for name, usual in (("PINNED", ""), ("PRIORITY", "normal")):
+        at = header.index(name)
+        if all(row[at] == usual for row in rows) and _columns(header, rows) > columns:
+            header, rows = without(header, at), [without(row, at) for row in rows]
+    if _columns(header, rows) > columns:
+        length = distinct([row[0] for row in rows])
+        rows = [(row[0][:length], *row[1:]) for row in rows]
+    return header, rows
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    return sum(max(width(row[at]) for row in [header, *rows]) + 2 for at in range(len(header))) - 2
+
+
+def without(cells: Sequence[str], at: int) -> Sequence[str]:
+    """The row without one of its columns."""
+    return [*cells[:at], *cells[at + 1 :]]
+
+
+def distinct(ids: Sequence[str]) -> int:
+    """How many digits tell these ids apart."""
+    return next((n for n in ID_LENGTHS if len({id_[:n] for id_ in ids}) == len(set(ids))), 36)
 
 
 def _disk(disk: Mapping[str, Any] | None) -> str | None:

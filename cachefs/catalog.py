@@ -19,7 +19,15 @@ from typing import Any, Protocol
 import trio
 
 from cachefs import logs
-from cachefs.errors import ImageForbidden, ImageGone, NoEntry, NotPermitted, OriginError, OriginUnavailable
+from cachefs.errors import (
+    LISTING,
+    ImageForbidden,
+    ImageGone,
+    NoEntry,
+    NotPermitted,
+    OriginError,
+    OriginUnavailable,
+)
 from cachefs.namespace import image_id, unique_links
 from cachefs.plan import metadata
 from cachefs.sources import Registry
@@ -357,6 +365,10 @@ class Catalog:
             await self._ask("", self._ask_all, FRESH_WAIT_S)
         return self.shown()
 
+    async def ask_anew(self) -> None:
+        """Has Glance say what there is, however lately it did. Raises OriginError."""
+        await self._ask("", self._ask_all, FRESH_WAIT_S)
+
     def origin_is_well(self) -> None:
         """Somebody answers again: known images may be asked for at once."""
         self._unwell_until_s = -float("inf")
@@ -374,7 +386,7 @@ class Catalog:
                 raise question.error.again()
             return
         self._unwell_until_s = trio.current_time() + UNWELL_S
-        raise OriginUnavailable(key or "(all)", f"no answer within {wait_s} s")
+        raise OriginUnavailable(key or LISTING, f"no answer within {wait_s} s")
 
     async def _put(self, key: str, question: _Question, ask: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -382,7 +394,7 @@ class Catalog:
             self.last_error = None
         except OriginError as error:
             question.error = error
-            if isinstance(error, ImageForbidden):
+            if isinstance(error, ImageForbidden) and key:
                 return  # That is about one image; Glance is well.
             self._unwell_until_s = trio.current_time() + UNWELL_S
             if self.last_error is None:
@@ -390,7 +402,7 @@ class Catalog:
             self.last_error = str(error)
         except Exception:  # A bug in one question is no reason to take the mount down.
             log.exception("unexpected failure of a question to Glance")
-            question.error = OriginUnavailable(key or "(all)", "unexpected failure of the question")
+            question.error = OriginUnavailable(key or LISTING, "unexpected failure of the question")
         finally:
             del self._asking[key]
             question.answered.set()

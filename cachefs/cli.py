@@ -7,18 +7,18 @@ damaged, 3 the daemon did not bring it to an end.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cachefs import __version__, answers, waiting
-from cachefs.errors import CachefsError, ConfigError
-from cachefs.shown import print_json, print_rows, print_table
+from cachefs import __version__, answers, asking, waiting
+from cachefs.errors import CachefsError, ConfigError, Refused
+from cachefs.shown import columns_of, is_terminal, print_json, print_rows, print_table
 from cachefs.words import printable, size
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from cachefs.trace_cli import Ask
 
 DONE, FAILED, USAGE = 0, 1, 2
+_FULL_ID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 SOUND, REPAIRED, DAMAGED = 0, 1, 2
 UNFINISHED = 3
 
+_NAMED = "an image's id, the first 4 or more digits of it, or a name that no other image has"
 # An id for the examples of --help.
 _ID = "21dced0f-d203-4786-9b93-710d2b98aae0"
 
@@ -78,8 +80,8 @@ def parser() -> argparse.ArgumentParser:
     add("status", _status, "show what the daemon holds and does", "status")
     add("images", _images, "list the images, and how much of each is cached", "images --json")
     image = add("image", _image, "show one image in full", f"image {_ID}")
-    image.add_argument("id", metavar="ID")
-    top_ = add("top", _top, "watch what moves, until q or Ctrl-C", "top --interval 2", json=False)
+    image.add_argument("id", metavar="ID", help=_NAMED)
+    top_ = add("top", _top, "watch what moves, until q or Ctrl-C; with --json, one look", "top --interval 2")
     top_.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between two looks")
     for name, run, about in (
         ("pin", _pin, "keep what is cached of images, whatever room is needed"),
@@ -88,9 +90,13 @@ def parser() -> argparse.ArgumentParser:
         ("evict", _evict, "drop what is cached of images; refused while one is leased"),
     ):
         command = add(name, run, about, f"{name} {'--wait ' if name == 'prefetch' else ''}{_ID}")
-        command.add_argument("ids", nargs="+", metavar="ID")
+        command.add_argument("ids", nargs="+", metavar="ID", help=_NAMED)
         if name == "prefetch":
             command.add_argument("--wait", action="store_true", help="until all of it is here, with progress")
+        if name == "evict":
+            command.add_argument(
+                "--touched", action="store_true", help="also what only a touch leases: it ends such leases"
+            )
     precache = add(
         "precache", _precache, "ask the policies which images to hold, and do what they decide",
         "precache --dry-run",
@@ -196,7 +202,10 @@ def _seconds(text: str) -> float:
 
 
 def _mount(arguments: argparse.Namespace) -> int:
-    from cachefs import config, daemon  # Half a second of imports that no other command needs.
+    gc.disable()  # Nothing of what is imported goes again, and looking for it is a tenth of the start.
+    from cachefs import config, daemon  # Half a second that no other command needs.
+
+    gc.enable()
 
     overrides = {"mount/mountpoint": os.path.abspath(arguments.mountpoint)} if arguments.mountpoint else {}
     loaded = config.load(arguments.config_file, arguments.config_dir, overrides)
@@ -211,17 +220,21 @@ def _mount(arguments: argparse.Namespace) -> int:
 def _asker(arguments: argparse.Namespace) -> Ask:
     """Puts requests to the daemon of this configuration; of where a daemon without one listens, if there is
     none."""
-    from cachefs import config, control, options
+    path = asking.socket_path(arguments.config_file, arguments.config_dir)
+    return partial(asking.ask, _configured_socket(arguments) if path is None else path)
+
+
+def _configured_socket(arguments: argparse.Namespace) -> str:
+    from cachefs import config  # Half a second of imports.
 
     try:
-        path = config.load(arguments.config_file, arguments.config_dir, {}).control.socket
+        return config.load(arguments.config_file, arguments.config_dir, {}).control.socket
     except ConfigError as error:
-        if error.option != options.DEFAULT_FILE or error.reason != config.NO_FILE:
+        if error.option != asking.DEFAULT_FILE or error.reason != config.NO_FILE:
             raise
-        path = options.DEFAULT_SOCKET
-        if not os.path.exists(path):
+        if not os.path.exists(asking.DEFAULT_SOCKET):
             raise
-    return partial(control.ask, path)
+        return asking.DEFAULT_SOCKET
 
 
 def _ask(arguments: argparse.Namespace, command: str, **operands: Any) -> Any:
@@ -242,15 +255,31 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _images(arguments: argparse.Namespace) -> int:
-    found = _ask(arguments, "images")
+    ask = _asker(arguments)
+    found, glance = ask("images"), _glance(ask)
     if arguments.json:
-        return _print_json(found, "images")
-    print_table(answers.IMAGES_HEADER, [answers.image_cells(row) for row in found], right=("SIZE", "CACHED"))
+        return _print_json({"images": found, "glance": glance})
+    if glance["reason"] is not None:
+        _say(f"{glance['reason']}. Listed is what was known before" if found else glance["reason"])
+    header, rows = answers.images_table(found, columns_of(sys.stdout) if is_terminal(sys.stdout) else None)
+    print_table(header, rows, right=("SIZE", "CACHED"))
     return DONE
 
 
+def _glance(ask: Ask) -> dict[str, Any]:
+    """Whether the list is Glance's own."""
+    try:
+        return dict(ask("glance"))
+    except Refused:  # A daemon that was not restarted since this command was installed.
+        return {"reached": None, "trouble": None, "reason": None}
+
+
 def _image(arguments: argparse.Namespace) -> int:
-    found = _ask(arguments, "image", image=arguments.id)
+    ask = _asker(arguments)
+    meant, unclear = _meant(ask, [arguments.id])
+    if unclear:
+        raise Refused(unclear[0]["error"])
+    found = ask("image", image=meant[0])
     if arguments.json:
         return _print_json(found)
     print_rows(answers.image_rows(found))
@@ -260,7 +289,10 @@ def _image(arguments: argparse.Namespace) -> int:
 def _top(arguments: argparse.Namespace) -> int:
     from cachefs import top
 
-    top.run(_asker(arguments), arguments.interval)
+    ask = _asker(arguments)
+    if arguments.json:
+        return _print_json({"status": ask("status"), "moving": ask("flights")})
+    top.run(ask, arguments.interval)
     return DONE
 
 
@@ -276,12 +308,29 @@ def _evict(arguments: argparse.Namespace) -> int:
     def said(row: dict[str, Any]) -> str:
         return f"{size(row['bytes'])} freed" + ("" if row["done"] else " so far; it goes on")
 
-    return _tell(arguments, "evict", said)
+    return _tell(arguments, "evict", said, **({"touched": True} if arguments.touched else {}))
 
 
-def _tell(arguments: argparse.Namespace, command: str, said: Callable[[dict[str, Any]], str]) -> int:
+def _tell(
+    arguments: argparse.Namespace, command: str, said: Callable[[dict[str, Any]], str], **operands: Any
+) -> int:
     """Asks for something to be done with images; one line for each, on stderr for those that were refused."""
-    return _show_told(arguments, _ask(arguments, command, images=arguments.ids), said)
+    ask = _asker(arguments)
+    meant, unclear = _meant(ask, arguments.ids)
+    rows = ask(command, images=meant, **operands) if meant else []
+    return _show_told(arguments, [*rows, *unclear], said)
+
+
+def _meant(ask: Ask, texts: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The ids of the images that are meant, and an answer for each text that means none, or several."""
+    if all(_FULL_ID.fullmatch(text) for text in texts):
+        return list(texts), []
+    try:
+        rows = ask("which", texts=list(texts))
+    except Refused:  # A daemon that was not restarted since this command was installed.
+        return list(texts), []
+    meant = list(dict.fromkeys(row["id"] for row in rows if row["error"] is None))
+    return meant, [{"id": row["text"], "error": row["error"]} for row in rows if row["error"] is not None]
 
 
 def _show_told(
@@ -300,8 +349,10 @@ def _show_told(
 def _prefetch(arguments: argparse.Namespace) -> int:
     if not arguments.wait:
         return _tell(arguments, "prefetch", lambda row: f"{size(row['cached'])} of {size(row['size'])} are here")
-    rows = waiting.prefetched(_asker(arguments), arguments.ids, quiet=arguments.json)
-    return _show_told(arguments, rows, lambda row: f"{size(row['size'])} are here")
+    ask = _asker(arguments)
+    meant, unclear = _meant(ask, arguments.ids)
+    rows = waiting.prefetched(ask, meant, quiet=arguments.json) if meant else []
+    return _show_told(arguments, [*rows, *unclear], lambda row: f"{size(row['size'])} are here")
 
 
 def _precache(arguments: argparse.Namespace) -> int:
@@ -379,7 +430,13 @@ def _trace_export(arguments: argparse.Namespace) -> int:
     if arguments.output == "-" and sys.stdout.isatty():
         _say("the file is none to look at: name it with -o")
         return FAILED
-    data, count, lacking = trace_cli.exported(_asker(arguments), arguments.ids)
+    ask = _asker(arguments)
+    meant, unclear = _meant(ask, arguments.ids) if arguments.ids else ([], [])
+    for row in unclear:
+        _say(row["error"])
+    if unclear:
+        return FAILED
+    data, count, lacking = trace_cli.exported(ask, meant)
     for image in lacking:
         _say(f"no boot trace of {image} is known")
     if lacking and not count:
@@ -453,6 +510,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _checked(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+    from pathlib import Path
+
     from cachefs.store.check import check
     from cachefs.store.recover import repair_store
 

@@ -82,7 +82,7 @@ class Commands:
 
     async def evict(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         """`spans` and `bytes` that went, and whether that is all (`done`) or the rest goes on in the
-        background."""
+        background. With `touched`, leases by touch end first, where nothing else leases the image."""
         answers: list[dict[str, Any]] = []
         begun: dict[int, Asked] = {}
         images = _images(request)
@@ -91,6 +91,8 @@ class Commands:
         for at, image in enumerate(images):
             answers.append({"id": image, "error": None, "spans": 0, "bytes": 0, "done": False})
             try:
+                if request.get("touched"):
+                    self._leases.end_touches(_image(image))
                 begun[at] = self._evictor.begin_evicting(_image(image))
             except CachefsError as error:
                 answers[at]["error"] = str(error)

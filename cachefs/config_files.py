@@ -12,7 +12,7 @@ from pathlib import Path
 
 from oslo_config import cfg, iniparser
 
-from cachefs import options
+from cachefs import asking, options
 from cachefs.errors import ConfigError
 from cachefs.sources import auth
 
@@ -24,8 +24,8 @@ def files_read(files: Sequence[str], config_dirs: Sequence[str] = ()) -> list[st
 
 def paths_of(files: Sequence[str], config_dirs: Sequence[str], faults: list[ConfigError]) -> Iterator[str]:
     """In the order in which later ones win."""
-    if not files and os.path.exists(options.DEFAULT_FILE):
-        yield options.DEFAULT_FILE
+    if not files and os.path.exists(asking.DEFAULT_FILE):
+        yield asking.DEFAULT_FILE
     yield from (os.path.abspath(os.path.expanduser(path)) for path in files)
     for folder in config_dirs:
         try:

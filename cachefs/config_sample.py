@@ -11,7 +11,7 @@ from typing import Final
 from oslo_config import cfg, generator
 
 from cachefs import __version__
-from cachefs.options import DEFAULT_FILE
+from cachefs.asking import DEFAULT_FILE
 
 # What one needs most comes first; oslo.log's many options last.
 _ORDER: Final = (

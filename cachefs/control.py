@@ -18,19 +18,15 @@ from typing import Any
 import trio
 
 from cachefs import logs
-from cachefs.errors import CachefsError, ControlError, Refused
+from cachefs.errors import CachefsError, ControlError
 
 log = logs.get(__name__)
 
 REQUEST_BYTES_MAX = 1 << 20
 REQUEST_WAIT_S = 30.0
-ANSWER_WAIT_S = 30.0
 CONNECTIONS_MAX = 64
 
 Handler = Callable[[Mapping[str, Any]], Awaitable[Any]]
-
-
-# ── The daemon's side ─────────────────────────────────────────────────────────────────────────────────
 
 
 class ControlServer:
@@ -46,7 +42,7 @@ class ControlServer:
         """Begins to listen. Raises ControlError where another daemon does, or the path cannot be used."""
         try:
             await self._clear()
-            os.makedirs(os.path.dirname(self.path) or ".", mode=0o755, exist_ok=True)
+            self._make_folder()
         except OSError as error:
             raise ControlError(self.path, f"cannot be made: {error.strerror or error}") from error
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -74,6 +70,21 @@ class ControlServer:
         if await _is_alive(self.path):
             raise ControlError(self.path, "another daemon answers there")
         os.unlink(self.path)
+
+    def _make_folder(self) -> None:
+        """The last one of the path, which /run has lost with the last boot. More would be somebody's mistake: the
+        root of a disk that is not mounted yet, a name with a slip in it."""
+        folder = os.path.dirname(self.path)
+        try:
+            os.mkdir(folder or ".", 0o755)
+        except FileExistsError:
+            pass
+        except FileNotFoundError:
+            raise ControlError(
+                self.path,
+                f"there is no folder {os.path.dirname(folder)}, and only {os.path.basename(folder)} in it would "
+                "be made: make it, or see to [control] socket",
+            ) from None
 
     async def serve(self) -> None:
         """Until cancelled."""
@@ -150,41 +161,3 @@ async def _is_alive(path: str) -> bool:
         except (ConnectionRefusedError, FileNotFoundError):
             return False
     return True
-
-
-# ── The command's side ────────────────────────────────────────────────────────────────────────────────
-
-
-NOT_RUNNING = (
-    "no daemon answers there: start it (systemctl start cachefs, or cachefs mount), or name the configuration "
-    "that it has (--config-file)"
-)
-NOT_ALLOWED = "only the daemon's user and group may ask it: try sudo, or join its group"
-NO_ANSWER = "the daemon did not answer"
-
-
-def ask(path: str, command: str, *, wait_s: float = ANSWER_WAIT_S, **operands: Any) -> Any:
-    """Puts one request to the daemon that listens at `path`. Raises ControlError with what to do, or Refused with
-    what the daemon says."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(wait_s)
-        try:
-            connection.connect(path)
-            connection.sendall(json.dumps({"command": command, **operands}).encode() + b"\n")
-            with connection.makefile("rb") as lines:
-                line = lines.readline()
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise ControlError(path, NOT_RUNNING) from error
-        except PermissionError as error:
-            raise ControlError(path, NOT_ALLOWED) from error
-        except TimeoutError as error:
-            raise ControlError(path, f"{NO_ANSWER} within {wait_s:.0f} s: its log says more") from error
-        except OSError as error:
-            raise ControlError(path, f"{NO_ANSWER}: {error.strerror or error}") from error
-    try:
-        answer = json.loads(line)
-    except ValueError as error:
-        raise ControlError(path, "the daemon closed the connection without an answer") from error
-    if not answer.get("ok"):
-        raise Refused(str(answer.get("error")))
-    return answer["result"]

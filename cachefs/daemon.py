@@ -92,6 +92,7 @@ async def _serve(node: Node) -> None:
                 if node.converted is not None:
                     await services.start(node.converted.run)
                 for loop in (
+                    node.contact,
                     node.leases,
                     node.instances,
                     node.uses,
@@ -183,9 +184,10 @@ async def _report(mount: Mount, store: Store, status: Status) -> None:
     while True:
         await trio.sleep(STATUS_INTERVAL_S)
         now = await status.status({})
+        glance = "" if now["images"]["glance_reached"] else ", Glance not reached yet"
         notify(
             STATUS=f"{now['images']['open']} images open, {now['reads']['waiting']} reads waiting, "
-            f"{now['store']['bytes_cached'] >> 20} MiB cached"
+            f"{now['store']['bytes_cached'] >> 20} MiB cached{glance}"
         )
 
 

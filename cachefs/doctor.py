@@ -19,15 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from cachefs import asking, config_doubts, limited
 from cachefs import config as configuration
-from cachefs import config_doubts, control, limited
 from cachefs.config import Config
 from cachefs.config_files import files_read
 from cachefs.errors import CachefsError, ControlError
 from cachefs.hiding import Hiding, cloud_files
 from cachefs.options import plain_options
-from cachefs.shown import BOLD, STATE_COLOURS, coloured
-from cachefs.words import padded, printable, size
+from cachefs.shown import BOLD, STATE_COLOURS, coloured, columns_of, is_terminal
+from cachefs.sources.reasons import in_words
+from cachefs.words import padded, printable, size, wrapped
 
 if TYPE_CHECKING:
     import requests
@@ -38,6 +39,7 @@ OK, WARNING, PROBLEM = "ok", "warning", "problem"
 KERNEL_MIN: Final = (4, 18)  # The first in which an account other than root may mount in a namespace of its own.
 CLOCK_DOUBT_S, CLOCK_WRONG_S = 5.0, 60.0
 RANGE_BYTES: Final = 4096
+WHY_MAX: Final = 2000  # Somebody may answer with a book.
 # Filesystems that other nodes have, too: the store's lock, its holes and its mapped index are for local ones.
 _SHARED = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "9p", "lustre"}
 _SELINUX = Path("/sys/fs/selinux")
@@ -161,11 +163,16 @@ def as_fields(found: Sequence[Finding]) -> dict[str, Any]:
 def show(found: Sequence[Finding]) -> None:
     """A line for each, and below it what mends it."""
     longest = max(len(one.check) for one in found)
+    indent = len(PROBLEM) + 2 + longest + 2
+    columns = columns_of(sys.stdout) - indent if is_terminal(sys.stdout) else None
     for one in found:
         state = coloured(padded(one.state, len(PROBLEM)), STATE_COLOURS[one.state], sys.stdout)
-        print(f"{state}  {padded(one.check, longest)}  {printable(one.found)}")
-        if one.mend:
-            print(f"{'':{len(PROBLEM) + 2}}{'':{longest}}  → {printable(one.mend)}")
+        first, *rest = wrapped(printable(one.found), columns)
+        print(f"{state}  {padded(one.check, longest)}  {first}".rstrip())
+        first_mend, *rest_mend = wrapped(f"→ {printable(one.mend)}", columns, "  ") if one.mend else [""]
+        for line in [*rest, first_mend, *rest_mend]:
+            if line:
+                print(f"{'':{indent}}{line}")
     counts = as_fields(found)["counts"]
     words = f"{counts[PROBLEM]} problems, {counts[WARNING]} warnings"
     print(coloured(words, BOLD, sys.stdout))
@@ -312,11 +319,11 @@ def _unmounted(path: str) -> Finding:
 
 def _daemon(where: str) -> Findings:
     try:
-        status = control.ask(where, "status", wait_s=10.0)
+        status = asking.ask(where, "status", wait_s=10.0)
     except ControlError as error:
-        if error.reason == control.NOT_RUNNING:
+        if error.reason == asking.NOT_RUNNING:
             yield warning("daemon", "does not run", "systemctl start cachefs, or cachefs mount")
-        elif error.reason == control.NOT_ALLOWED:
+        elif error.reason == asking.NOT_ALLOWED:
             yield warning("daemon", f"{where}: this account may not ask it", "try sudo, or join its group")
         else:
             yield problem("daemon", f"{where}: {error.reason}", "look at its log; SIGUSR1 has it say where it is")
@@ -542,7 +549,9 @@ def _get(session: Session, url: str, path: str, headers: dict[str, str]) -> requ
 
 
 def _why(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """In words, and all of it."""
+    said = in_words(error)
+    return said if len(said) <= WHY_MAX else f"{said[:WHY_MAX]} …"
 
 
 # ── The rest of the node ──────────────────────────────────────────────────────────────────────────────

@@ -24,6 +24,9 @@ from typing import ClassVar, Self
 
 from cachefs.words import printable, size
 
+# Of what a name may mean, so many are named.
+CANDIDATES_SHOWN = 5
+
 
 class CachefsError(Exception):
     """Base of all failures. `errno` is what a reader of the mount gets."""
@@ -137,6 +140,23 @@ class NoEntry(NamespaceError):
         return str(self.what)
 
 
+class AmbiguousImage(NamespaceError):
+    """`what` may be any of several images, `candidates` as (id, name)."""
+
+    errno = errno.EINVAL
+
+    def __init__(self, what: str, candidates: tuple[tuple[str, str | None], ...]) -> None:
+        super().__init__(what)
+        self.args = what, candidates
+        self.candidates = candidates
+
+    def __str__(self) -> str:
+        some = [f"{id_} ({name})" if name else id_ for id_, name in self.candidates[:CANDIDATES_SHOWN]]
+        more = len(self.candidates) - len(some)
+        words = ", ".join(some) + (f" and {more} more" if more > 0 else "")
+        return f"{self.what} may be any of {len(self.candidates)} images: {words}"
+
+
 class ReadOnly(NamespaceError):
     """Any change outside `nova/`."""
 
@@ -212,7 +232,7 @@ class PrefetchEnded(StoreError):
 
 
 class Leased(StoreError):
-    """What was to be evicted is not to be; `reasons` says why, for people."""
+    """What was to be evicted is not to be; `reasons` says why, for people, and what ends that."""
 
     errno = errno.EBUSY
 
@@ -309,6 +329,10 @@ class TraceRefused(CachefsError):
 # ── The origin ────────────────────────────────────────────────────────────────────────────────────────
 
 
+# In place of an image, where a question is about all of them.
+LISTING = "(all)"
+
+
 class OriginError(CachefsError):
     """Base of what the origin can fail with. `retries_max`: how many more tries may help within one read, None
     for as many as the configuration says; the first comes no sooner than `pause_s`."""
@@ -330,7 +354,8 @@ class OriginError(CachefsError):
         return more
 
     def __str__(self) -> str:
-        said = f"{type(self).__name__}: image {self.image}" + (f": {self.detail}" if self.detail else "")
+        about = "" if self.image == LISTING else f"image {self.image}"
+        said = ": ".join(filter(None, (type(self).__name__, about, self.detail)))
         return said + (f" ({self.requests})" if self.requests else "")
 
 

@@ -391,7 +391,7 @@ class Evictor:
         return [view for view in self._store.views() if view.record.image == image]
 
     def _refuse_leased(self, image: str) -> None:
-        reasons = [str(lease) for view in self._views_of(image) for lease in self._leases.of(view)]
+        reasons = [lease.with_mend for view in self._views_of(image) for lease in self._leases.of(view)]
         if reasons:
             raise Leased(image, tuple(dict.fromkeys(reasons)))
 

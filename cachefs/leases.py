@@ -64,6 +64,13 @@ class Reason(StrEnum):
     POLICY = "pinned by a policy"
 
 
+_MENDS = {
+    Reason.PIN: "cachefs unpin ends that",
+    Reason.TOUCH: "it ends by itself, or with cachefs evict --touched",
+    Reason.POLICY: "[precache] in the configuration",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """A reason not to evict. Times are seconds since 1970; `until_s` None for no end."""
@@ -72,6 +79,12 @@ class Lease:
     since_s: float
     until_s: float | None = None
     detail: str = ""
+
+    @property
+    def with_mend(self) -> str:
+        """The same as `str`, and by which command it ends, where there is one."""
+        mend = _MENDS.get(self.reason)
+        return f"{self} ({mend})" if mend else str(self)
 
     def holds(self, now_s: float) -> bool:
         return self.until_s is None or now_s < self.until_s
@@ -350,6 +363,11 @@ class Leases:
     def touch(self, image: str, file: File, atime_ns: int, mtime_ns: int) -> None:
         """Somebody set these times of a file, in nanoseconds since 1970."""
         self.touches.touch(image, file, atime_ns, mtime_ns)
+
+    def end_touches(self, image: str) -> None:
+        """Ends the leases by touch of an image that nothing else leases. The times that were set stay."""
+        if {lease.reason for lease in self.of_image(image)} == {Reason.TOUCH}:
+            self.touches.end(image)
 
     @property
     def named(self) -> Mapping[str, NamedBy]:

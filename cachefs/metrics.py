@@ -240,7 +240,11 @@ SECTIONS: Final[dict[str, list[Family]]] = {
             "pyfuse3",
             "kernel",
         ),
-        _gauge("ready", "1 while the mount can be used; what /readyz answers with 200.", _at("ready.is_ready")),
+        _gauge(
+            "ready",
+            "1 while instances can be given disks of the mount; what /readyz answers with 200.",
+            _at("ready.is_ready"),
+        ),
         _gauge(
             "uptime_seconds",
             "Since the start of the daemon.",
@@ -368,6 +372,16 @@ SECTIONS: Final[dict[str, list[Family]]] = {
             "origin_unwell",
             "1 while Glance cannot be asked (no endpoint, or no token): what is cached is served, the rest fails.",
             lambda snapshot: [((), float(not snapshot.status["origin"]["may_ask"]))],
+        ),
+        _gauge(
+            "origin_reached",
+            "1 for a Glance that has answered something since the start of the daemon.",
+            _at("images.glance_reached"),
+        ),
+        _gauge(
+            "origin_in_doubt",
+            "1 while the last question to Glance is not answered: it is put again every 10 s.",
+            lambda snapshot: [((), float(snapshot.status["images"]["glance_trouble"] is not None))],
         ),
         _gauge(
             "origin_circuit_state",
@@ -534,7 +548,7 @@ SECTIONS: Final[dict[str, list[Family]]] = {
         _gauge("scrub_running", "1 while a scrub is under way.", _at("scrub.run")),
         _gauge(
             "scrub_progress_ratio",
-            "Share of the chunks that the scrub under way has seen.",
+            "Share of the bytes of chunks that the scrub under way has compared.",
             _when("scrub.share"),
         ),
         _gauge(
@@ -635,9 +649,19 @@ The daemon answers over HTTP on `[metrics]` `listen`, by default on `127.0.0.1:1
 |---|---|
 | `/metrics` | what follows, in Prometheus' text format |
 | `/healthz` | 200 when the loop that serves reads answers, else 503; JSON with `heartbeat_age_seconds` |
-| `/readyz` | 200 when the mount can be used, else 503; JSON with `state` and `reasons` |
+| `/readyz` | 200 when instances can be given disks of the mount, else 503; JSON with `state` and `reasons` |
 
-`state` is `ready`, `degraded` (it serves, and something is not as it should be) or `unready`.
+`state` is `ready`, `degraded` or `unready`; `reasons` says in words what is not as it should be, and what to do.
+
+- `ready` (200): it is mounted, and the last question to Glance was answered.
+- `degraded` (200): it serves what is cached, and something is not as it should be. The last question to Glance
+  failed: that is so after one failure, until one is answered, and the daemon asks again by itself within 10 s. Or
+  Glance was not reached since the start; or the store's disk is unwell, what is fetched is not kept, or an image
+  in use cannot be held whole.
+- `unready` (503): it is not mounted. Or no image is known: Glance was not reached since the start, nor before it.
+
+The daemon asks Glance once at its start, in the background. A node that was up before starts, lists and serves
+with Glance down: that is `degraded`, so that an outage of Glance takes no node out of service.
 
 A scrape is answered by a thread of its own, from a snapshot that the loop makes within a millisecond and at most
 once a second. When the loop does not answer within 2 s, the last snapshot is given, and

@@ -17,6 +17,7 @@ from cachefs.collector import Collector
 from cachefs.commands import Commands
 from cachefs.compactor import Compactor
 from cachefs.config import Config
+from cachefs.contact import Contact
 from cachefs.control import ControlServer
 from cachefs.derivation import Derivation
 from cachefs.errors import CachefsError, ImageCondemned, NoEntry, PrefetchEnded
@@ -31,6 +32,7 @@ from cachefs.leases import Leases
 from cachefs.leisure import Leisure
 from cachefs.listener import Listener
 from cachefs.metrics import Snapshot
+from cachefs.naming import Naming
 from cachefs.plan import trace
 from cachefs.plan.eviction import Priority
 from cachefs.plan.windows import Pattern
@@ -76,6 +78,7 @@ class Node:
         self.fetcher = Fetcher(self.origin, store, config.glance.connections, config.glance.retries)
         self.blocks = Blocks(self.fetcher, config.mount.read_deadline)
         self.catalog = Catalog(self.origin, store, config.glance.listing_ttl, config.glance.negative_ttl)
+        self.contact = Contact(self.endpoints, self.catalog, glance.greet, self.catalog.ask_anew)
         self.leases = Leases(store, self._pins_max, touch_grace_s=config.leases.touch_grace)
         self.converted = _converted(config, self.catalog, store, self.blocks, self.leases)
         self.disks = GuestDisks(self.catalog, store, self.fetcher, self.blocks, self.converted)
@@ -121,6 +124,7 @@ class Node:
             guests=self.blocks,
             disk_unwell=lambda: store.health.state is not State.HEALTHY,
             note_error=lambda error: store.health.reads.note_error(f"a scrub: {error.strerror}"),
+            live_bytes=store.live_bytes,
             fate=partial(_fate, self.catalog),
             leased=self.leases.is_leased,
             refetch=lambda view, span: self.fetcher.spawn(self.blocks.fetch, view, view.extent_of(span)),
@@ -196,14 +200,15 @@ class Node:
         parts = Parts(
             self.store, self.fetcher, self.blocks, self.catalog, self.filesystem, self.leases, self.evictor,
             self.scrubber, self.hydrator, self.verifier, self.origin, self.endpoints, self.mount, self.ranks,
-            self.precache, self.instances, self.traces,
+            self.precache, self.instances, self.traces, self.contact,
         )  # fmt: skip
         self.status = status = Status(self.mount.mountpoint, parts)
         commands = Commands(
             self.leases, self.evictor, self._pinnable, self.store.flush, self._prefetch, self._prefetched
         )
         handlers = status.handlers() | commands.handlers() | self.scrubber.handlers() | self.traces.handlers()
-        handlers |= self.precache.handlers() | Stacks(self.blocks).handlers()
+        naming = Naming(lambda: [*self.catalog.shown(), *self.catalog.gone()], self.catalog.listing)
+        handlers |= self.precache.handlers() | Stacks(self.blocks).handlers() | naming.handlers()
         self.control = ControlServer(self.config.control.socket, handlers)
         self.listener: Listener | None = None
         self.hit_times: HitTimes | None = None
@@ -261,6 +266,7 @@ class Node:
             self.converted.forget(image.id)
 
     def _origin_is_well(self) -> None:
+        self.contact.origin_is_well()
         self.catalog.origin_is_well()
         self.hydrator.origin_is_well()
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from oslo_config import cfg
 
+from cachefs.asking import DEFAULT_SOCKET
 from cachefs.option_types import (
     AddressType,
     AmountType,
@@ -30,8 +31,6 @@ from cachefs.option_types import (
 )
 from cachefs.sources import auth
 
-DEFAULT_FILE: Final = "/etc/cachefs/cachefs.conf"
-DEFAULT_SOCKET: Final = "/run/cachefs/control.sock"
 INSTANCES: Final = "/var/lib/nova/instances"  # Nova's, if nobody says otherwise.
 
 _ID_MAX: Final = 2**32 - 2  # The last one means "unchanged" to chown(2).

@@ -17,13 +17,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cachefs import __version__, control, doctor, limited
+from cachefs import __version__, asking, doctor, limited
 from cachefs import config as configuration
 from cachefs.config import Config
 from cachefs.config_files import files_read
 from cachefs.errors import CachefsError, Refused
 from cachefs.hiding import Hiding, cloud_files
-from cachefs.options import DEFAULT_SOCKET, plain_options
+from cachefs.options import plain_options
 
 LOG_BYTES = 256 << 10
 PART_BYTES_MAX = 4 << 20
@@ -43,7 +43,7 @@ def collect(files: Sequence[str], config_dirs: Sequence[str], limit_s: float) ->
         config = configuration.load(files, config_dirs, {})
     except CachefsError as error:
         shown += f"\n\nnot sound: {error}"
-    where = config.control.socket if config is not None else DEFAULT_SOCKET
+    where = config.control.socket if config is not None else asking.DEFAULT_SOCKET
     works: dict[str, Callable[[], str]] = {
         "versions.txt": _versions,
         "kernel.txt": lambda: _kernel(config),
@@ -174,7 +174,7 @@ def _kernel(config: Config | None) -> str:
 
 def _asked(where: str, command: str, limit_s: float) -> str:
     try:
-        found = control.ask(where, command, wait_s=limit_s)
+        found = asking.ask(where, command, wait_s=limit_s)
     except CachefsError as error:
         return str(error)
     return json.dumps(found, indent=2, sort_keys=True)
@@ -182,7 +182,7 @@ def _asked(where: str, command: str, limit_s: float) -> str:
 
 def _tasks(where: str, limit_s: float) -> str:
     try:
-        return tasks_text(control.ask(where, "debug-tasks", wait_s=limit_s))
+        return tasks_text(asking.ask(where, "debug-tasks", wait_s=limit_s))
     except CachefsError as error:
         return str(error)
 

@@ -113,6 +113,7 @@ class Around:
     guests: Guests | None = None  # They are given way to.
     disk_unwell: Callable[[], bool] = lambda: False
     note_error: Callable[[OSError], None] = lambda error: None
+    live_bytes: Callable[[], int] = lambda: 0  # Of all chunks that there are.
     fate: Callable[[StoredView], Awaitable[Fate]] = _fetchable
     leased: Callable[[StoredView], bool] = lambda view: False
     refetch: Callable[[StoredView, SpanNo], None] = lambda view, span: None
@@ -163,6 +164,7 @@ class Scrubber:
         self._run: Run | None = None
         self._last: dict[str, Any] | None = None
         self._runs = self._finished = 0
+        self._bytes_total = 0  # Of the run under way; 0 where nobody knows.
         self._asked = False
         self._asked_event = trio.Event()
         self._not_before_s = 0.0  # By the loop's clock, as all that follow.
@@ -211,7 +213,7 @@ class Scrubber:
         return self.status()
 
     def status(self) -> dict[str, Any]:
-        """For `status`. Times in seconds since 1970, None for never; `share` is how much of the chunks was seen;
+        """For `status`. Times in seconds since 1970, None for never; `share` is how much of `bytes_total` is seen;
         counts are those of the run that is under way, or of the last one; `last` is how that ended."""
         record = self._record
         under_way = record.end_chunk != 0
@@ -219,7 +221,8 @@ class Scrubber:
             "state": f"{self._stage}, waits for {self._pause}" if self._pause else self._stage,
             "run": self._run.number if self._run is not None else None,
             "finished": self._finished,
-            "share": round(record.next_chunk / record.end_chunk, 4) if under_way else None,
+            "share": self._share() if under_way else None,
+            "bytes_total": max(self._bytes_total, record.verified_bytes) if under_way else None,
             "began": record.began_s or None,
             "ended": record.ended_s or None,
             "next": self._next_start(),
@@ -230,6 +233,14 @@ class Scrubber:
             "to_mend": len(self._rotten) + sum(map(len, self._away.values())),
             "last": self._last,
         }
+
+    def _share(self) -> float:
+        """Of the bytes, where it is known how many there are: numbers of chunks that went long ago are many in an
+        old store, and pass in no time."""
+        record = self._record
+        if self._stage == "reading" and self._bytes_total:
+            return round(min(record.verified_bytes / self._bytes_total, 1.0), 4)
+        return round(record.next_chunk / record.end_chunk, 4)
 
     def _next_start(self) -> float | None:
         if self._run is not None:
@@ -306,6 +317,7 @@ class Scrubber:
             end = ChunkId(Counters.decode(counters or b"").chunk)
             self._record = ScrubRecord(1, end, self._wall(), self._record.ended_s)
             self._save()
+        self._bytes_total = self._around.live_bytes()
         self._lost.clear()
         self._paid_until_s = trio.current_time()
         self._stage = "reading"

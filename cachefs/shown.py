@@ -21,7 +21,7 @@ BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "31", "32", "33", "36"
 STATE_COLOURS: Final = {
     "verified": GREEN, "complete": GREEN, "partial": CYAN, "refused": RED, "condemned": RED, "gone": YELLOW,
     "ok": GREEN, "warning": YELLOW, "problem": RED, "healthy": GREEN, "ready": GREEN, "degraded": YELLOW,
-    "unready": RED, "pinned": CYAN,
+    "unready": RED, "pinned": CYAN, "at risk": RED,
 }  # fmt: skip
 
 COLUMNS_MIN: Final = 20
@@ -82,11 +82,14 @@ def table(
     widths = [max(width(row[at]) for row in [header, *rows]) for at in range(len(header))]
     if columns is not None:
         _narrow(widths, columns)
+        while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > columns:
+            widths.pop()  # A line that is cut on the right is read; one that goes on in the next is not.
+        widths[0] = min(widths[0], columns)
     lines = []
     for number, row in enumerate([header, *rows]):
         cells = [
-            padded(cell if columns is None else cut(cell, widths[at]), widths[at], right=header[at] in right)
-            for at, cell in enumerate(row)
+            padded(cell if columns is None else cut(cell, room), room, right=header[at] in right)
+            for at, (cell, room) in enumerate(zip(row, widths, strict=False))
         ]
         cells[-1] = cells[-1].rstrip()
         if columns is not None:

@@ -17,6 +17,7 @@ import trio
 from cachefs import __version__
 from cachefs.blocks import Blocks
 from cachefs.catalog import Catalog, Image
+from cachefs.contact import Contact
 from cachefs.control import Handler
 from cachefs.errors import NoEntry
 from cachefs.evictor import Evictor
@@ -63,6 +64,7 @@ class Parts:
     precache: Precache
     instances: Instances
     traces: Traces
+    contact: Contact
 
 
 class Status:
@@ -77,10 +79,14 @@ class Status:
         self._hydrator, self._verifier = parts.hydrator, parts.verifier
         self._origin, self._mount, self._endpoints = parts.origin, parts.mount, parts.endpoints
         self._ranks, self._precache, self._traces = parts.ranks, parts.precache, parts.traces
+        self._contact = parts.contact
         self._began_s = time.monotonic()
 
     def handlers(self) -> dict[str, Handler]:
-        return {"status": self.status, "images": self.images, "image": self.image, "flights": self.flights}
+        return {
+            "status": self.status, "images": self.images, "image": self.image, "flights": self.flights,
+            "glance": self.glance,
+        }  # fmt: skip
 
     async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return self.now() | {"store": await trio.to_thread.run_sync(self._store.totals)}
@@ -104,7 +110,9 @@ class Status:
             "images": {
                 "known": len(self._catalog),
                 "open": len(self._filesystem.open_count),
-                "glance_trouble": self._catalog.last_error,
+                "glance_reached": self._contact.is_reached,
+                "glance_trouble": self._contact.trouble,
+                "glance_reason": self._contact.reason(),
             },
             "disk": self._store.health.status(),
             "leases": self._leases.counts(),
@@ -134,15 +142,16 @@ class Status:
 
     def ready(self) -> dict[str, Any]:
         """Whether instances can be given disks of this mount, and what is not as it should be. `state` is `ready`,
-        `degraded` (it serves, with `reasons`) or `unready`."""
-        health, is_ready = self._store.health, self._mount.is_ready
-        reasons = [] if is_ready else ["it is not mounted"]
+        `degraded` (it serves, with `reasons`) or `unready`: not mounted, or nothing is known of any image."""
+        health, is_mounted = self._store.health, self._mount.is_ready
+        is_ready = is_mounted and not self._contact.is_useless
+        reasons = [] if is_mounted else ["it is not mounted"]
+        if (reason := self._contact.reason()) is not None:
+            reasons.append(reason)
         if health.state is not State.HEALTHY:
             reasons.append(f"the store's disk is {health.state.name.lower()}: {health.why}")
         if self._store.writer.trouble is not None:
             reasons.append(f"what is fetched is not kept: {self._store.writer.trouble}")
-        if not self._endpoints.may_ask:
-            reasons.append("Glance cannot be asked: what is cached is served")
         if at_risk := len(self._hydrator.at_risk):
             reasons.append(f"{at_risk} images that are in use cannot be held whole")
         state = "unready" if not is_ready else "degraded" if reasons else "ready"
@@ -196,6 +205,10 @@ class Status:
 
     async def images(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [self._row(image) for image in [*await self._catalog.listing(), *self._catalog.gone()]]
+
+    async def glance(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether what `images` says is what Glance says."""
+        return self._contact.status()
 
     async def image(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:

@@ -13,19 +13,22 @@ import termios
 import threading
 import time
 import tty
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from cachefs.answers import distinct, without
 from cachefs.errors import CachefsError
-from cachefs.shown import BOLD, RED, YELLOW, coloured, columns_of, is_terminal, table
-from cachefs.words import cut, duration, printable, rate, size
+from cachefs.shown import BOLD, DIM, RED, YELLOW, coloured, columns_of, is_terminal, table
+from cachefs.words import counted, cut, duration, printable, rate, size, width
 
 if TYPE_CHECKING:
     from cachefs.trace_cli import Ask
 
+# On less, what says the same of each image goes.
+WIDE = 110
 # Longer than a daemon that is well ever takes.
 ANSWER_S = 5.0
 
@@ -161,6 +164,8 @@ def frame(now: Look, before: Look | None, columns: int | None, height: int | Non
     shown[0] = _marked(shown[0], BOLD, columns)
     shown += [_marked(line if columns is None else cut(line, columns), YELLOW, columns) for line in _doubts(now)]
     left = None if height is None else max(height - len(shown) - 5, 2)
+    if columns is not None:
+        shown[0] += _marked("   q ends this", DIM, columns) if width(lines[0]) + 14 <= columns else ""
     for part in (_flights(now, columns, left and left // 2), _images(now, columns, left and left - left // 2)):
         shown += ["", *part]
     return shown
@@ -181,7 +186,8 @@ def _head(now: Look, before: Look | None) -> list[str]:
         f"{status['ready']['state']}"
     ]
     longest = f", the longest {reads['waiting_longest']:.1f} s" if reads["waiting"] else ""
-    words.append(f"guests   {reads['waiting']} reads waiting{longest}; {status['images']['open']} images open")
+    waiting, opened = counted(reads["waiting"], "read"), counted(status["images"]["open"], "image")
+    words.append(f"guests   {waiting} waiting{longest}; {opened} open")
     per_s = _per_s(now, before)
     recent = "" if per_s is None else f"; now {per_s.reads:.0f} reads/s, {_share(per_s.hits, per_s.reads)} hits"
     words.append(f"reads    {asked} since the start, {_share(reads['hits'], asked)} hits{recent}")
@@ -191,7 +197,9 @@ def _head(now: Look, before: Look | None) -> list[str]:
     used = f"{size(store['bytes_on_disk'])} of {size(store['bytes_limit'])}"
     words.append(f"store    {size(store['bytes_cached'])} of images in {used}; {evictor['pinned_images']} pinned")
     if hydration["images"]:
-        words.append(f"whole    {hydration['images']} images to come, {size(hydration['bytes_to_fetch'])} left")
+        words.append(
+            f"whole    {counted(hydration['images'], 'image')} to come, {size(hydration['bytes_to_fetch'])} left"
+        )
     return words
 
 
@@ -240,14 +248,18 @@ def _flights(now: Look, columns: int | None, most: int | None) -> list[str]:
 
 def _images(now: Look, columns: int | None, most: int | None) -> list[str]:
     assert now.moving is not None
-    rows = [
+    length = distinct([row["id"] for row in now.moving["images"]])
+    shown = now.moving["images"][:most]
+    rows: list[Sequence[str]] = [
         (
-            row["id"] if columns is None or columns >= 110 else row["id"][:8], printable(row["name"] or ""),
+            row["id"] if columns is None else row["id"][:length], printable(row["name"] or ""),
             size(row["size"]), f"{row['cached'] / row['size']:.0%}" if row["size"] else "",
             str(row["handles"]), str(row["waiting"]), row["priority"],
             "at risk" if row["at_risk"] else row["state"],
         )
-        for row in now.moving["images"][:most]
+        for row in shown
     ]  # fmt: skip
-    header = ("IMAGE", "NAME", "SIZE", "HERE", "OPEN", "WAITING", "PRIORITY", "STATE")
+    header: Sequence[str] = ("IMAGE", "NAME", "SIZE", "HERE", "OPEN", "WAITING", "PRIORITY", "STATE")
+    if columns is not None and columns < WIDE and all(row["priority"] == "normal" for row in shown):
+        header, rows = without(header, 6), [without(row, 6) for row in rows]
     return table(header, rows, ("SIZE", "HERE", "OPEN", "WAITING"), columns)

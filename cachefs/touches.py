@@ -82,6 +82,13 @@ class Touches:
         now_s = self._now_s()
         return {file: touch.ends_s - now_s for file, touch in files.items() if touch.ends_s > now_s}
 
+    def end(self, image: str) -> None:
+        """What was touched of it is no lease any more."""
+        for file, touch in self._images.get(image, {}).items():
+            if touch.ends_s > -float("inf"):
+                touch.ends_s = -float("inf")
+                self._save(image, file, touch)
+
     def images(self) -> list[str]:
         """Those that were touched, whether that is a lease or not."""
         return list(self._images)

@@ -62,9 +62,9 @@ def scrubbed(ask: Ask, *, quiet: bool) -> dict[str, Any] | None:
     pace, progress = Pace(), Progress(quiet=quiet)
     try:
         while (now := ask("scrub-status"))["finished"] < number:
-            done, share = now["bytes_verified"], now["share"]
+            done, share, total = now["bytes_verified"], now["share"], now.get("bytes_total")
             pace.note(done)
-            left = None if not share or not done else int(done / share) - done
+            left = None if not total else max(total - done, 0)
             words = f"{size(done)}, {pace.words(left, now['state'])}, {now['state']}"
             progress.show(share, words, stalled=bool(pace.stalled_s))
             time.sleep(ASK_EVERY_S)

@@ -28,6 +28,11 @@ def rate(bytes_per_s: float) -> str:
     return f"{size(bytes_per_s)}/s"
 
 
+def counted(n: int, what: str) -> str:
+    """1 → "1 image", 2 → "2 images"."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def duration(seconds: float) -> str:
     """Two units at most: 3700 → "1 h 1 min"."""
     left = round(seconds)
@@ -69,6 +74,26 @@ def cut(text: str, columns: int) -> str:
             break
         kept += c
     return kept + "…" if columns > 0 else ""
+
+
+def wrapped(text: str, columns: int | None, indent: str = "") -> list[str]:
+    """Lines of `columns` at most, cut between words where there is a place; all but the first are indented. All of
+    it in one where `columns` is None."""
+    if columns is None or width(text) <= columns:
+        return [text]
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1].strip() else lines[-1] + word
+        if width(longer) <= columns:
+            lines[-1] = longer
+            continue
+        if lines[-1].strip():
+            lines.append(indent)
+        lines[-1] += word
+        while width(lines[-1]) > columns > len(indent) + 1:  # One word that is longer than a line: a path, a URL.
+            head = cut(lines[-1], columns + 1)[:-1]
+            lines[-1:] = [head, indent + lines[-1][len(head) :]]
+    return lines
 
 
 def padded(text: str, columns: int, *, right: bool = False) -> str:

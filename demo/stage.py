@@ -6,6 +6,7 @@ nothing can keep it from ending.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cachefs.control import ask
+from cachefs.asking import ask
 from demo.endings import Signals
 from demo.terminal import StepFailed, Terminal, size
 from tests.cloud import Glance
@@ -31,6 +32,7 @@ TOOLS = {
     "fusermount3": "fuse3",
     "setpriv": "util-linux",
     "dd": "coreutils",
+    "curl": "curl",
 }
 SPACE_BYTES = 4 << 30
 
@@ -72,9 +74,9 @@ mode = manual
 [control]
 socket = {folder}/control.sock
 
-# Another daemon on this machine may have the port.
+# A port that is free: another daemon on this machine may have the usual one.
 [metrics]
-listen =
+listen = 127.0.0.1:0
 """
 
 
@@ -198,6 +200,14 @@ class Stage:
         paths = [self.folder / name for name in (LOG, _STDERR)]
         lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
         return "\n".join(lines[-_LOG_TAIL_LINES:])
+
+    @property
+    def metrics(self) -> str:
+        """The address of the metrics, as the daemon says it."""
+        found = re.search(r"metrics on (http://\S+)", (self.folder / LOG).read_text())
+        if found is None:
+            raise self._failed(f"the daemon has not said where its metrics are:\n{self.log_tail()}")
+        return found[1]
 
     # ── using it ──
 

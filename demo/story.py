@@ -185,6 +185,12 @@ class Story:
         for command in ("status", "images"):
             t.command(["cachefs", command])
             t.output(self._cachefs(command))
+        t.say("For Prometheus:")
+        t.command(["curl", "-s", self._stage.metrics])
+        line = next((line for line in self._stage.run(["curl", "-s", self._stage.metrics]).splitlines()
+                     if line.startswith("cachefs_reads_total{outcome=\"hit\"}")), "")  # fmt: skip
+        self._claim(bool(line), "the metrics have no hits")
+        t.output(line)
 
     def last_act(self) -> None:
         """Ends the daemon, so it is not for a demo that goes on."""
@@ -271,6 +277,7 @@ def keep_text(stage: Stage, pid: int) -> str:
         mount       {stage.mountpoint}
         folder      {stage.folder}
         Glance      {stage.glance.endpoint}/v2/images
+        metrics     {stage.metrics}
         log         {stage.folder}/{LOG}
 
         ls -l {stage.mountpoint}/by-name/

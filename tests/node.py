@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from cachefs import control
+from cachefs import asking
 from tests.cloud.service import clean_environment, poll_until
 
 ROOT: Final = Path(__file__).parent.parent
@@ -292,7 +292,7 @@ class Node:
 
     def ask(self, command: str, **operands: Any) -> Any:
         """One request over the control socket."""
-        return control.ask(str(self.socket), command, **operands)
+        return asking.ask(str(self.socket), command, **operands)
 
     def status(self) -> dict[str, Any]:
         return dict(self.ask("status"))

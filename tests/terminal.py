@@ -24,9 +24,16 @@ COLUMNS, LINES = 120, 40
 class Terminal:
     """`said` is all that came so far, with whatever a terminal would obey."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        columns: int = COLUMNS,
+        lines: int = LINES,
+    ) -> None:
         self.ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.before = termios.tcgetattr(theirs)
         self._theirs = theirs
         self.said = ""

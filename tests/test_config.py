@@ -16,7 +16,7 @@ from keystoneauth1 import exceptions, loading
 from keystoneauth1.identity import V3ApplicationCredential, generic
 from keystoneauth1.noauth import NoAuth
 
-from cachefs import config, options
+from cachefs import asking, config
 from cachefs.config import Config
 from cachefs.config_sample import sample
 from cachefs.errors import ConfigError
@@ -81,7 +81,7 @@ clouds:
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("OS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(options, "DEFAULT_FILE", str(tmp_path / "absent.conf"))
+    monkeypatch.setattr(asking, "DEFAULT_FILE", str(tmp_path / "absent.conf"))
     (tmp_path / "clouds.yaml").write_text(CLOUDS)
     monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(tmp_path / "clouds.yaml"))
 
@@ -377,7 +377,7 @@ def test_later_files_win_and_folders_come_last_in_order(file: Path, tmp_path: Pa
 
 
 def test_the_default_file_is_read_if_it_is_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "DEFAULT_FILE", str(file))
+    monkeypatch.setattr(asking, "DEFAULT_FILE", str(file))
     with pytest.raises(ConfigError, match="there is no such file: write one"):
         config.load([], [], {})
     assert [fault.option for fault in config.check([])] == [str(file), "glance/auth_type"]

@@ -60,7 +60,9 @@ def test_what_is_pinned_or_open_is_not_evicted_and_the_rest_is(origin: ScriptedO
         done = node.cli("evict", A, B, UNKNOWN, "nonsense")
         assert done.returncode == 1
         assert (
-            done.stderr == f"cachefs: image {A} is not evicted: it is pinned\ncachefs: nonsense is no image id\n"
+            done.stderr == f"cachefs: image {A} is not evicted: it is pinned (cachefs unpin ends that)\n"
+            "cachefs: nonsense is no image id, nor the first 4 or more digits of one, nor an image's name "
+            "(cachefs images)\n"
         )
         assert done.stdout == f"{B}: 48.0 MiB freed\n{UNKNOWN}: 0 B freed\n"
         assert (cached(node, A), cached(node, B)) == (SIZE, 0)

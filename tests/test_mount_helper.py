@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefs import control
+from cachefs import asking
 from tests.cloud.service import clean_environment, poll_until
 from tests.node import ROOT, Node, unmount
 from tests.origin import OriginImage, ScriptedOrigin, pattern
@@ -59,7 +59,7 @@ def test_it_is_mounted_when_the_helper_returns_and_gone_after_umount(node: Node,
     done = run(*call)
     assert (done.returncode, done.stderr) == (0, "")
     assert (node.mountpoint / "images" / IMAGE).read_bytes() == pattern(SIZE)(0, SIZE)
-    daemon = os.pidfd_open(control.ask(str(node.socket), "status")["pid"])
+    daemon = os.pidfd_open(asking.ask(str(node.socket), "status")["pid"])
     subprocess.run(["umount", node.mountpoint], check=True)
     assert select.select([daemon], [], [], 60)[0], "the daemon did not end"
     os.close(daemon)

@@ -94,7 +94,10 @@ def test_a_touch_sets_the_times_of_one_file_and_is_a_lease(origin: ScriptedOrigi
         assert read_buffered(path, 0, SIZE) == content(A, 0, SIZE)
         assert node.requests_seen() == seen, "the kernel kept its pages"
         refused = node.cli("evict", A, B)
-        assert refused.stderr == f"cachefs: image {A} is not evicted: it is leased by a touch (for 24 h more)\n"
+        assert refused.stderr == (
+            f"cachefs: image {A} is not evicted: it is leased by a touch (for 24 h more) "
+            "(it ends by itself, or with cachefs evict --touched)\n"
+        )
         assert reasons(node, A) == ["it is leased by a touch (for 24 h more)"]
         assert node.status()["leases"]["leased by a touch"] == 1
         node.kill()  # What was answered a moment ago may be lost in a crash; what was committed is not.
@@ -109,6 +112,23 @@ def test_a_touch_sets_the_times_of_one_file_and_is_a_lease(origin: ScriptedOrigi
         os.utime(path)
         assert node.cli("evict", A).returncode == 0, "times are taken, and are no lease"
     assert check(node.store).sound
+
+
+def test_a_lease_by_touch_can_be_ended(origin: ScriptedOrigin, tmp_path: Path) -> None:
+    with Node(tmp_path, origin.url) as node:
+        path = node.path(A)
+        assert read_buffered(path, 0, SIZE) == content(A, 0, SIZE)
+        os.utime(path)
+        shown = path.stat().st_mtime_ns
+        with path.open("rb"):
+            assert "it is open" in node.cli("evict", "--touched", A).stderr
+        assert node.cli("evict", A).returncode == 1, "what is leased otherwise keeps its touch"
+        assert node.cli("evict", "--touched", A).stdout == f"{A}: 4.0 MiB freed\n"
+        assert reasons(node, A) == []
+        node.stop()
+        node.start()
+        assert reasons(node, A) == [], "for good"
+        assert path.stat().st_mtime_ns == shown, "the time that was set stays"
 
 
 def test_who_owns_the_files_may_touch_them(origin: ScriptedOrigin) -> None:

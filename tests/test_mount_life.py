@@ -579,6 +579,16 @@ def test_the_sample_configuration_says_everything() -> None:
 AS_NOBODY: Final = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
 
 
+def test_one_folder_is_made_for_the_socket_and_no_more(tmp_path: Path, origin: StallingOrigin) -> None:
+    node = Node(tmp_path, origin.url)
+    node.configure(control={"socket": tmp_path / "run" / "cachefs" / "control.sock"})
+    assert_refused(node, str(tmp_path / "run"), "make it, or see to [control] socket")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with node:
+        assert (tmp_path / "run" / "cachefs").stat().st_mode & 0o777 == 0o755
+
+
 def test_the_control_socket_is_its_owners_alone(origin: StallingOrigin) -> None:
     with tempfile.TemporaryDirectory(prefix="cachefs-") as folder:
         os.chmod(folder, 0o755)
@@ -620,6 +630,9 @@ ROW_SHAPE: Final = {
 }  # fmt: skip
 
 
+GLANCE_WELL: Final = {"glance_reached": True, "glance_reason": None}
+
+
 def test_json(node: Node) -> None:
     with node:
         with node.path(IMAGE).open("rb") as opened:
@@ -631,7 +644,7 @@ def test_json(node: Node) -> None:
             images = images["images"]
         assert (status["version"], status["pid"]) == (__version__, node.pid)
         assert status["mountpoint"] == str(node.mountpoint)
-        assert status["images"] == {"known": 3, "open": 1, "glance_trouble": None}
+        assert status["images"] == {"known": 3, "open": 1, "glance_trouble": None, **GLANCE_WELL}
         assert status["store"]["path"] == str(node.store)
         assert status["store"]["trouble"] is None
         assert shape(status["reads"]) == {

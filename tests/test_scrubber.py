@@ -147,6 +147,38 @@ def test_a_sound_store_is_scrubbed_with_nothing_to_say(folder: Path, caplog: pyt
     assert [record.levelname for record in caplog.records if record.message.startswith("scrub: ")] == ["INFO"]
 
 
+def test_how_far_a_scrub_is_goes_by_bytes_that_there_are(folder: Path) -> None:
+    """Numbers of chunks that went long ago pass in no time, and say nothing of how long the rest takes."""
+    total = sum(chunk.length for chunk in chunks_of(folder).values())
+    seen: list[dict[str, Any]] = []
+
+    async def main() -> None:
+        around = Around(live_bytes=lambda: 2 * total)  # As if half of it were yet to be read.
+        slow = replace(ASKED, bandwidth=total // 10)
+        async with scrubbing(folder, slow, around) as (_, scrubber):
+            number = scrubber.start()
+            while scrubber.status()["finished"] < number:
+                seen.append(scrubber.status())
+                await trio.sleep(0.5)
+            assert scrubber.status()["bytes_total"] is None
+
+    go(main)
+    read = [now for now in seen if now["state"].startswith("reading") and now["bytes_verified"]]
+    assert read, "it was looked at while it read"
+    for now in read:
+        assert (now["share"], now["bytes_total"]) == (round(now["bytes_verified"] / (2 * total), 4), 2 * total)
+
+
+def test_the_store_knows_the_bytes_of_its_chunks(folder: Path) -> None:
+    total = sum(chunk.length for chunk in chunks_of(folder).values())
+
+    async def main() -> None:
+        async with running(folder) as store:
+            assert store.live_bytes() == total
+
+    go(main)
+
+
 def test_hundreds_of_flipped_bits_are_found_by_one_scrub_healed_and_never_served(folder: Path) -> None:
     hit = rot(folder, 240)
     assert len(hit) == 240

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import pyte
 import pytest
 
-from cachefs import answers, cli, completion, control
+from cachefs import answers, asking, cli, completion
 from cachefs.errors import ControlError
 from cachefs.shown import JSON_FORMAT, Pace, table
 from cachefs.top import Look, frame
-from cachefs.words import cut, duration, padded, printable, size, width
+from cachefs.words import cut, duration, padded, printable, size, width, wrapped
 from tests.cloud.service import clean_environment
 from tests.node import ROOT, Node, read_direct, run_command
 from tests.origin import OriginImage, ScriptedOrigin, Stall, pattern
@@ -30,6 +31,7 @@ A: Final = "90000000-0000-4000-8000-00000000000a"
 B: Final = "90000000-0000-4000-8000-00000000000b"
 LONG: Final = "a name of an image that is far longer than any terminal would like to show " * 3
 GROUPS: Final = ("trace", "config", "debug")
+UNNAMED: Final = "is no image id, nor the first 4 or more digits of one, nor an image's name (cachefs images)"
 CACHEFS: Final = [sys.executable, "-m", "cachefs.cli"]
 
 
@@ -56,6 +58,42 @@ def test_a_table_fits_its_terminal_and_not_a_pipe() -> None:
     lines = table(("ID", "NAME", "SIZE"), rows, ("SIZE",))
     assert LONG.strip() in lines[1]
     assert len({width(line) for line in lines}) == 1
+
+
+def test_images_keep_their_names_on_a_narrow_terminal() -> None:
+    def row(id_: str, name: str, **known: object) -> dict[str, object]:
+        return {
+            "id": id_, "name": name, "disk_format": "qcow2", "size": 300 * MIB, "cached": 0, "pinned": False,
+            "priority": "normal", "state": "partial", "status": "active", **known,
+        }  # fmt: skip
+
+    name = "debian-13-genericcloud-amd64"
+    rows = [row(A, name), row("91000000-0000-4000-8000-00000000000a", "x")]
+    header, cells = answers.images_table(rows, 80)
+    assert header == ["ID", "NAME", "FORMAT", "SIZE", "CACHED", "STATE"]
+    assert [cell[:2] for cell in cells] == [("90000000", name), ("91000000", "x")]
+    header, cells = answers.images_table(rows, 200)
+    assert (header, cells[0][:2]) == (answers.IMAGES_HEADER, (A, name))
+    assert answers.images_table(rows, None)[1][0][:2] == (A, name), "a pipe has all of it"
+    rows += [row(B, "y", pinned=True, priority="critical")]
+    header, cells = answers.images_table(rows, 80)
+    assert {"PINNED", "PRIORITY"} <= set(header)
+    assert [cell[0] for cell in cells] == [A, "91000000-0000-4000-8000-00000000000a", B], (
+        "less would be two images"
+    )
+
+
+def test_words_are_wrapped_between_words_and_nothing_is_lost() -> None:
+    text = (
+        "http://glance.example.org:9292: its certificate is not accepted: unable to get local issuer certificate"
+    )
+    for columns in (20, 30, 60, 200):
+        lines = wrapped(text, columns, "  ")
+        assert all(width(line) <= columns for line in lines)
+        assert "".join("".join(lines).split()) == "".join(text.split())
+        assert all(line.startswith("  ") for line in lines[1:])
+    assert wrapped(text, None) == [text]
+    assert wrapped("a bc", 4) == ["a bc"]
 
 
 def test_pace_says_rate_time_left_and_a_stall_as_a_stall() -> None:
@@ -182,7 +220,7 @@ def test_top_goes_on_without_a_daemon(origin: ScriptedOrigin, tmp_path: Path) ->
 @pytest.mark.mount
 def test_every_reading_command_prints_json_with_its_format(node: Node) -> None:
     lists = {"images": ["images"], "traces": ["trace", "list"]}
-    commands = [["status"], ["image", A], ["debug", "tasks"], ["config", "check"], *lists.values()]
+    commands = [["status"], ["image", A], ["debug", "tasks"], ["config", "check"], ["top"], *lists.values()]
     for words in commands:
         done = node.cli(*words, "--json")
         assert done.returncode == 0, done.stderr
@@ -206,10 +244,40 @@ def test_errors_say_what_to_do(node: Node, tmp_path: Path) -> None:
     assert "openstack image show" in said
     assert str(node.socket) not in said
     assert "NoEntry" not in said
-    assert node.cli("image", "x").stderr == "cachefs: x is no image id\n"
+    assert node.cli("image", "x").stderr == f"cachefs: x {UNNAMED}\n"
     away = Node(tmp_path, "http://127.0.0.1:1")
     assert "systemctl start cachefs" in away.cli("status").stderr
-    assert node.cli("pin", "y").stderr == "cachefs: y is no image id\n"
+    assert node.cli("pin", "y").stderr == f"cachefs: y {UNNAMED}\n"
+
+
+@pytest.mark.mount
+def test_an_image_is_named_by_the_beginning_of_its_id_or_by_its_name(node: Node) -> None:
+    os.listdir(node.mountpoint / "images")
+    said = node.cli("image", "90000000").stderr
+    assert said.startswith("cachefs: 90000000 may be any of 2 images: ")
+    assert A in said
+    assert B in said
+    assert A in node.cli("image", A.replace("-", "")[:32]).stdout
+    assert json.loads(node.cli("image", LONG, "--json").stdout)["id"] == A
+    told = node.cli("pin", LONG, "90000000", "nothing")
+    assert (told.returncode, told.stdout) == (1, f"{A}: pinned, 8.0 MiB\n")
+    assert len(told.stderr.splitlines()) == 2
+    rows = json.loads(node.cli("unpin", LONG, "nothing", "--json").stdout)["images"]
+    assert [(row["id"], row["error"] is None) for row in rows] == [(A, True), ("nothing", False)]
+    assert node.path(A[:8]).exists() is False, "the mount's names are exact"
+
+
+@pytest.mark.mount
+def test_exit_statuses(node: Node) -> None:
+    unknown = "90000000-0000-4000-8000-00000000dead"
+    statuses = {
+        ("prefetch", "--wait", A, B): 0, ("prefetch", A, unknown): 1, ("pin", unknown): 1, ("evict", "x"): 1,
+        ("pin",): 2, ("nonsense",): 2, ("top", "--interval", "0"): 2, ("image", A): 0,
+    }  # fmt: skip
+    found = {words: node.cli(*words) for words in statuses}
+    assert {words: done.returncode for words, done in found.items()} == statuses
+    assert [line.split(":")[0] for line in found["prefetch", "--wait", A, B].stdout.splitlines()] == [A, B]
+    assert all("Traceback" not in done.stderr for done in found.values())
 
 
 @pytest.mark.mount
@@ -217,9 +285,31 @@ def test_who_may_not_ask_is_told_so(node: Node) -> None:
     os.seteuid(65534)
     try:
         with pytest.raises(ControlError, match="only the daemon's user and group may ask it: try sudo"):
-            control.ask(str(node.socket), "status")
+            asking.ask(str(node.socket), "status")
     finally:
         os.seteuid(0)
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize(("columns", "lines"), [(60, 12), (80, 24), (120, 40)])
+def test_top_fills_a_screen_and_no_more(node: Node, columns: int, lines: int) -> None:
+    command = [*CACHEFS, "top", "--interval", "0.2", "--config-file", str(node.config_file)]
+    screen = pyte.Screen(columns, lines)
+    with (
+        node.path(B).open("rb"),
+        Terminal(command, columns=columns, lines=lines) as terminal,
+    ):
+        terminal.read_until(r"(?s)waiting.*\x1b\[H.*\x1b\[J")
+        pyte.Stream(screen).feed(terminal.said)
+        terminal.press("q")
+        assert terminal.end(10) == 0
+    shown = [line.rstrip() for line in screen.display]
+    assert shown[0].startswith("cachefs "), "nothing has scrolled"
+    assert shown[1].startswith("guests   ")
+    images = next(at for at, line in enumerate(shown) if line.startswith("IMAGE "))
+    if lines > 12:
+        assert shown[images + 1].startswith(B[:8])
+    assert shown[-1] == ""
 
 
 # ── Frames ────────────────────────────────────────────────────────────────────────────────────────────
@@ -232,9 +322,9 @@ def test_a_frame_fits_any_terminal(node: Node) -> None:
         {"image": A, "priority": "demand", "start": 0, "arrived": 1, "length": MIB, "started": True, "readers": 3}
     ] * 100
     now, before = Look(2.0, status, moving), Look(1.0, status, moving)
-    for columns, height in ((20, 5), (80, 24), (200, 50)):
+    for columns, height in ((20, 5), (60, 12), (80, 24), (200, 50)):
         lines = frame(now, before, columns, height)
-        assert all(width(re.sub(r"\x1b\[\d*m", "", line)) <= max(columns, 75) for line in lines)
+        assert all(width(re.sub(r"\x1b\[\d*m", "", line)) <= columns for line in lines)
     gone = frame(Look(3.0, error="away\x1b[2J"), now, 80, 24)
     assert "away" in gone[0]
     assert "\x1b[2J" not in "".join(gone)

@@ -26,6 +26,7 @@ import trio
 
 from cachefs import logs
 from cachefs.errors import (
+    LISTING,
     BytesMissing,
     IdentityUnavailable,
     ImageGone,
@@ -51,8 +52,6 @@ MOVE_HOLD_S = 1.0
 # Refused credentials are seldom right a moment later, and many tries can lock an account.
 REFUSED_PAUSE_S = 30.0
 TROUBLES_MAX = 100
-# The subject of a question about all images.
-LISTING = "(all)"
 
 
 class Blame(Enum):
@@ -131,6 +130,8 @@ class Endpoints:
         self._in_use: Endpoint | None = self._endpoints[0]
         self._changed = trio.Event()
         self._troubles: OrderedDict[str, Trouble] = OrderedDict()
+        self.reached_s: float | None = None  # When somebody last answered something real, by the clock.
+        self.trouble: str | None = None  # Why the last question came to nothing, until one is answered.
         self.on_width: Callable[[int], None] = lambda width: None
         self.on_well: Callable[[], None] = lambda: None  # Somebody may be asked again, after nobody might.
 
@@ -193,6 +194,7 @@ class Endpoints:
         progress.told = True
         endpoint.circuit.succeeded(tickets[0])
         self._identity_is_well(tickets[1])
+        self._reached()
         trouble = self._troubles.pop(subject, None)
         if trouble is not None:
             log.info("can be had again, after %d failures", trouble.failures, image=_image(subject))
@@ -202,8 +204,10 @@ class Endpoints:
     def _failed(self, endpoint: Endpoint, tickets: tuple[int, int], subject: str, error: OriginError) -> None:
         match blame(error):
             case Blame.ENDPOINT:
+                self.trouble = _plainly(error)
                 self._endpoint_failed(endpoint, tickets[0], subject, error)
             case Blame.IDENTITY:
+                self.trouble = _plainly(error)
                 if isinstance(error, TokenRefused):
                     endpoint.circuit.succeeded(tickets[0])
                 self._identity_failed(tickets[1], error)
@@ -213,10 +217,15 @@ class Endpoints:
                 if not isinstance(error, OriginLied):  # It may be anybody's lie.
                     endpoint.circuit.succeeded(tickets[0])
                 self._identity_is_well(tickets[1])
+                if not isinstance(error, OriginLied):
+                    self._reached()
                 if found is Blame.IMAGE:
                     self._note_trouble(subject, error)
                 elif isinstance(error, ImageGone):
                     self._troubles.pop(subject, None)  # It cannot be had for good, and that is said elsewhere.
+
+    def _reached(self) -> None:
+        self.reached_s, self.trouble = self._clock(), None
 
     def _endpoint_failed(self, endpoint: Endpoint, ticket: int, subject: str, error: OriginError) -> None:
         about = None if isinstance(error, NotReached) else subject
@@ -321,6 +330,7 @@ class Endpoints:
         error = await self._probed(endpoint)
         if error is None or blame(error) is not Blame.ENDPOINT:
             endpoint.circuit.suspicion_was_wrong(ticket)
+            self._reached()
             if suspicion is not None:
                 self._note_trouble(*suspicion)
         elif endpoint.circuit.suspicion_was_right(ticket, self._clock(), _said(error)):
@@ -335,6 +345,8 @@ class Endpoints:
         were_away, failures, since_s = not self.may_ask, circuit.failures, circuit.since_s or 0.0
         error = await self._probed(endpoint)
         now_s = self._clock()
+        if error is not None and blame(error) in _TELL_NOTHING:
+            self.trouble = _plainly(error)
         if is_identity and error is not None:
             self._refused = isinstance(error, OriginUnauthorized)
             circuit.probe_failed(now_s, _said(error), REFUSED_PAUSE_S if self._refused else 0.0)
@@ -343,6 +355,8 @@ class Endpoints:
             log.info("%s: well again after %.1f s and %d failures", endpoint.name, now_s - since_s, failures)
             if is_identity:
                 self._begin_anew(0.0)
+            elif error is None:
+                self._reached()
             self._look_who_serves()
             if were_away and self.may_ask:
                 self.on_well()
@@ -394,6 +408,8 @@ class Endpoints:
                 for image, trouble in self._troubles.items()
             },
             "requests_at_once": self._width.now,
+            "reached": None if self.reached_s is None else round(now_s - (here_s - self.reached_s)),
+            "trouble": self.trouble,
         }  # fmt: skip
 
 
@@ -403,6 +419,22 @@ _TELL_NOTHING = (Blame.ENDPOINT, Blame.IDENTITY)
 
 def _image(subject: str) -> str | None:
     return None if subject == LISTING else subject
+
+
+def _plainly(error: OriginError) -> str:
+    """For people who look for the reason, not for the line of a log."""
+    match error:
+        case TokenRefused():
+            said = "Glance does not take the token"
+        case OriginUnauthorized():
+            said = "the credentials are refused"
+        case IdentityUnavailable():
+            said = "no token can be had"
+        case OriginBusy():
+            said = "Glance is busy"
+        case _:
+            said = ""
+    return ": ".join(filter(None, (said, error.detail))) or type(error).__name__
 
 
 def _said(error: OriginError) -> str:

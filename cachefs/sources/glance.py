@@ -28,6 +28,7 @@ from keystoneauth1 import exceptions as ksa
 from keystoneauth1.session import Session
 
 from cachefs.errors import (
+    LISTING,
     BytesMissing,
     IdentityUnavailable,
     ImageForbidden,
@@ -46,7 +47,8 @@ from cachefs.plan.extents import BLOCK, Extent
 from cachefs.sources import Sink, Timing
 from cachefs.sources.auth import AuthOptions
 from cachefs.sources.body import Body
-from cachefs.sources.endpoints import LISTING, Endpoints, Progress
+from cachefs.sources.endpoints import Endpoints, Progress
+from cachefs.sources.reasons import in_words
 from cachefs.sources.request_ids import identified
 
 T = TypeVar("T")
@@ -279,6 +281,10 @@ class Glance:
 
         return await self.endpoints.ask(image, ask_at)
 
+    async def greet(self) -> None:
+        """Returns when Glance has answered something small. Raises OriginError."""
+        await self.endpoints.ask(LISTING, self._probe)
+
     async def _probe(self, endpoint: str | None) -> None:
         """The least that only a Glance answers, with its database and a good token."""
         ask = partial(self._ask_one, LISTING, endpoint, _first_listed)
@@ -405,7 +411,7 @@ def _faults(image: str) -> Iterator[None]:
 
 def _unavailable(image: str, error: Exception) -> OriginUnavailable:
     kind = NotReached if _is_without_connection(error) else OriginUnavailable
-    return kind(image, f"{type(error).__name__}: {error}")
+    return kind(image, in_words(error))
 
 
 def _is_without_connection(error: BaseException | None) -> bool:

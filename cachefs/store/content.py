@@ -1003,6 +1003,10 @@ class Store:
     def views(self) -> list[StoredView]:
         return list(self._views.values())
 
+    def live_bytes(self) -> int:
+        """Of all chunks that there are."""
+        return sum(record.live for record in list(self.writer.ledger.segments.values()))
+
     def totals(self) -> dict[str, Any]:
         """For `status`; asks the filesystem, so not for a hot path. Bytes unless said otherwise."""
         lander = self.writer.lander
