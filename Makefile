@@ -3,7 +3,7 @@
 PYTHON_VENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench deb clean
 
 help:
 	@echo "make setup           system packages (apt) and .venv; does nothing where all is there"
@@ -11,6 +11,7 @@ help:
 	@echo "make test            the tests                                     ARGS='-k store'"
 	@echo "make lint            ruff and mypy"
 	@echo "make bench           the benchmarks                                ARGS=..."
+	@echo "make deb             a Debian package for this machine's Python, in dist/"
 	@echo "make clean           removes what the above have made, .venv included"
 
 setup:
@@ -31,6 +32,10 @@ lint: setup
 bench:
 	@setup/install bench
 	@$(PYTHON_VENV) -m bench $(ARGS)
+
+deb:
+	@setup/install deb
+	@setup/package
 
 clean:
 	rm -rf .venv .guest .tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
