@@ -1,5 +1,5 @@
 """What is installed: the wheel by pip, the Debian package by dpkg in a machine of its own, from its first day to
-its last. The package is built as `make deb` does it."""
+its last. The package is built as `make deb` does it, but for what the compiler optimises."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ MIB: Final = 1 << 20
 SIZE: Final = 12 * MIB + 4711
 CONFIGURATION: Final = "/etc/cachefs/cachefs.conf"
 ENDED_TIMEOUT_S: Final = 60.0
+# dpkg's, adduser's and systemd's own; and what each program that looks for plug-ins notes in the home of its user.
+OF_OTHERS: Final = ("/var/lib/dpkg/", "/etc/.pwd.lock", "/run/", "/root/.cache/python-entrypoints")
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -65,7 +67,7 @@ def test_the_wheel_has_all_of_it_and_its_commands_run(tmp_path: Path) -> None:
     # What it depends on is taken from where the tests have it; cachefs itself is not to be found there.
     venv.create(environment, with_pip=False)
     python = environment / "bin/python"
-    pip = [sys.executable, "-m", "pip", "--python", python]
+    pip = (sys.executable, "-m", "pip", "--python", str(python))
     run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
     site = next(environment.glob("lib/python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -91,13 +93,14 @@ def missing_for_package() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def package() -> Path:
-    """Built once for all tests."""
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built once for all tests: half a minute of a processor, and what pip has to fetch."""
     if (lacking := missing_for_package()) is not None:
         pytest.skip(lacking)
-    run(ROOT / "setup/package", "--quick")
+    folder = tmp_path_factory.mktemp("package")
+    run(ROOT / "setup/package", "--quick", folder)
     architecture = run("dpkg", "--print-architecture").strip()
-    return ROOT / "dist" / f"cachefs_{__version__}_{architecture}.deb"
+    return folder / f"cachefs_{__version__}_{architecture}.deb"
 
 
 def test_the_package_is_of_the_programs_version() -> None:
@@ -173,7 +176,8 @@ class Machine(Systemd):
     def names(self) -> set[str]:
         """Of every file and folder that a package could leave something in."""
         folders = ("/etc", "/usr", "/var", "/mnt", "/run", "/opt", "/srv", "/home", "/root")
-        return set(self.ask("find", *folders, "-xdev").splitlines())
+        found = self.ask("find", *folders, "-xdev", "-path", "/var/*tmp", "-prune", "-o", "-print")
+        return set(found.splitlines())
 
 
 @pytest.mark.mount
@@ -192,9 +196,10 @@ def test_its_life(package: Path, glance: Glance, tmp_path: Path) -> None:
         it_is_upgraded(machine, next_package, image, data)
         it_is_mounted_by_mount(machine, image, data)
         it_goes(machine)
-        left = machine.names() - before
-        assert {name for name in left if not name.startswith("/var/lib/dpkg/")} <= {"/etc/.pwd.lock"}
+        # What is there outside was made outside: that machine is the layer below.
+        left = {name for name in machine.names() - before if not os.path.lexists(name)}
         assert {name for name in left if "cachefs" in name} == set()
+        assert {name for name in left if not name.startswith(OF_OTHERS)} == set()
 
 
 def the_first_day(machine: Machine, package: Path) -> None:
@@ -237,9 +242,8 @@ def it_is_upgraded(machine: Machine, package: Path, image: str, data: bytes) -> 
     machine.systemctl("restart", "cachefs")
     assert machine.show("cachefs", "MainPID") != daemon
     assert path.read_bytes() == data
-    status = json.loads(machine.ask("cachefs", "status", "--json"))
-    assert status["reads"]["hits"] > 0, status
-    assert status["reads"]["misses"] == 0
+    reads = json.loads(machine.ask("cachefs", "status", "--json"))["reads"]
+    assert {outcome for outcome, count in reads["by_outcome"].items() if count} <= {"disk", "hit"}, reads
 
 
 def it_is_mounted_by_mount(machine: Machine, image: str, data: bytes) -> None:
