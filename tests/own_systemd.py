@@ -41,6 +41,8 @@ mkdir "$root/up" "$root/work" "$root/top"
 mount -t overlay -o lowerdir=/,upperdir="$root/up",workdir="$root/work" overlay "$root/top"
 cd "$root/top"
 mount -t proc proc proc
+mount --bind proc/sys proc/sys
+mount -o remount,bind,ro proc/sys
 mount -t sysfs sysfs sys
 for folder in dev run tmp; do mount -t tmpfs -o mode=0755 tmpfs $folder; done
 mkdir dev/pts dev/shm
