@@ -115,7 +115,9 @@ def test_lintian_finds_no_error(package: Path) -> None:
     assert "E: " not in run("lintian", *root, "--fail-on", "error", package)
 
 
-def test_nothing_in_it_names_the_machine_that_built_it(package: Path, tmp_path: Path) -> None:
+def test_it_holds_what_it_is_to_hold_and_nothing_names_the_machine_that_built_it(
+    package: Path, tmp_path: Path
+) -> None:
     run("dpkg-deb", "--extract", package, tmp_path)
     environment = tmp_path / "usr/lib/cachefs"
     for name in ("cachefs", "mount.cachefs", "mount.fuse.cachefs"):
@@ -125,6 +127,8 @@ def test_nothing_in_it_names_the_machine_that_built_it(package: Path, tmp_path: 
         "cachefs", "mount.cachefs", "mount.fuse.cachefs", "python3",
     }  # fmt: skip
     assert (environment / "pyvenv.cfg").read_text() == "home = /usr/bin\ninclude-system-site-packages = false\n"
+    for page in (ROOT / "build/man").glob("*.[1-8]"):
+        assert (tmp_path / f"usr/share/man/man{page.suffix[1:]}/{page.name}.gz").exists()
     left = [path for path in environment.rglob("*") if path.suffix == ".pyc" or path.name == "direct_url.json"]
     assert left == []
     for path in environment.rglob("*"):
