@@ -5,7 +5,7 @@ PYTHON_VENV := .venv/bin/python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench docs man pictures clean
+.PHONY: help setup demo test lint bench docs man pictures deb clean
 
 help:
 	@echo "make setup           system packages (apt) and .venv; does nothing where all is there"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench           the benchmarks                                ARGS=..."
 	@echo "make docs            the documentation as a site: build/docs/html/index.html"
 	@echo "make man             the manual pages: build/man"
+	@echo "make deb             a Debian package for this machine's Python, in dist/"
 	@echo "make clean           removes what the above have made, .venv included"
 
 setup:
@@ -54,6 +55,10 @@ man:
 	@setup/install docs
 	@$(SPHINX) -b man -t man -d build/docs/doctrees-man docs build/man
 	@ls build/man/*.[58]
+
+deb:
+	@setup/install deb
+	@setup/package
 
 clean:
 	rm -rf .venv .guest .tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
