@@ -290,6 +290,9 @@ class Blocks:
         want, sequential = windows.window(self._fetcher.link, pattern, miss.start)
         if not sequential:
             want = self.reach(view, miss.start, want)
+        elif want >= view.span_of(miss.start).length and miss.start + want < view.size:
+            # A span that comes in two windows is cut, written and read twice.
+            want = view.span_of(miss.start + want - 1).end - miss.start
         unreadable = reading is not None and reading.unreadable
         if reading is not None and (reading.just or unreadable):  # What is unreadable will not be kept.
             want = miss.length
