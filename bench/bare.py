@@ -10,7 +10,8 @@ from pathlib import Path
 import trio
 
 from cachefs.plan.extents import PAGE, ceil
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
+from cachefs.store.view import StoredView
 from tests.stores import land
 
 SPANS_WAITING_MAX = 8

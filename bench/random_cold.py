@@ -26,8 +26,9 @@ from cachefs.blocks import Blocks
 from cachefs.fetcher import Fetcher
 from cachefs.plan import windows
 from cachefs.sources.glance import Glance
-from cachefs.store.content import Limits, Store
+from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
+from cachefs.store.room import Limits
 from cachefs.views.stored import StoredFile
 
 SIZE = 256 * MIB

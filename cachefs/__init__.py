@@ -1,6 +1,6 @@
 """cachefs: a FUSE filesystem in which every Glance image is already there.
 
-Follow one read(2) by file names: `fuse` → `views/stored` → `blocks` → `store/content` for what is here,
+Follow one read(2) by file names: `fuse` → `views/stored` → `blocks` → `store/view` for what is here,
 or → `fetcher` → `sources/glance` → `store/writer` for what is not.
 """
 

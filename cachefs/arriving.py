@@ -16,9 +16,10 @@ from cachefs.errors import OriginChanged, OriginError, OriginLied, OriginUnavail
 from cachefs.flights import Counts, Flight, Priority, Slab
 from cachefs.leisure import Guests
 from cachefs.plan.extents import BLOCK, PAGE, Extent, ceil, floor
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.digests import first_difference
 from cachefs.store.format import BLOCK_DIGEST_BYTES, OriginMode, SpanNo, ViewKind, ViewNo
+from cachefs.store.view import StoredView
 
 log = logs.get(__name__)
 

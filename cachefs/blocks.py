@@ -21,9 +21,9 @@ from cachefs.histogram import Timed
 from cachefs.plan import windows
 from cachefs.plan.extents import BLOCK, Extent, aligned, subtract
 from cachefs.plan.windows import Pattern
-from cachefs.store.content import READ_MAX, StoredView
 from cachefs.store.format import OriginMode, ViewKind
 from cachefs.store.health import DiskUnusable
+from cachefs.store.view import READ_MAX, StoredView
 
 log = logs.get(__name__)
 

@@ -5,8 +5,9 @@ decides what may be opened.
 from __future__ import annotations
 
 from cachefs.leases import Leases, Reason
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
+from cachefs.store.view import StoredView
 
 
 class ByLeases:

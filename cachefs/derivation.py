@@ -26,8 +26,9 @@ from cachefs.formats.qcow2_header import CLUSTER_BITS_MAX, Header
 from cachefs.guest_disks import TABLES_MAX, GuestDisks
 from cachefs.leisure import Leisure
 from cachefs.plan.extents import PAGE, Extent, ceil, pieces, subtract
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import SpanNo, ViewKind
+from cachefs.store.view import StoredView
 from cachefs.verifier import promise_of
 
 log = logs.get(__name__)

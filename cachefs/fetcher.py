@@ -32,8 +32,9 @@ from cachefs.leisure import Guests
 from cachefs.plan.extents import Extent, subtract
 from cachefs.plan.windows import Link
 from cachefs.sources import Sink, Source, Timing
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import OriginMode, ViewKind
+from cachefs.store.view import StoredView
 
 log = logs.get(__name__)
 

@@ -12,7 +12,7 @@ import trio
 from cachefs.errors import OriginError
 from cachefs.plan.extents import Extent
 from cachefs.plan.windows import NEVER
-from cachefs.store.content import StoredView
+from cachefs.store.view import StoredView
 
 
 class Priority(IntEnum):

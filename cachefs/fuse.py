@@ -57,8 +57,9 @@ from cachefs.namespace import (
     size_of,
 )
 from cachefs.notices import Notices
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import ViewKind, ViewNo
+from cachefs.store.view import StoredView
 from cachefs.touches import File
 from cachefs.views import Buffer, View
 from cachefs.views.resized import ResizedFile

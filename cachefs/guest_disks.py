@@ -38,8 +38,9 @@ from cachefs.formats.qcow2_header import HEAD_MAX, Header
 from cachefs.plan.extents import BLOCK, Extent, floor
 from cachefs.sources import Source
 from cachefs.sources.converted import ConversionRefused, ToolMissing
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import ViewKind, ViewNo
+from cachefs.store.view import StoredView
 from cachefs.translation import Inside, Translator
 
 log = logs.get(__name__)

@@ -33,8 +33,10 @@ from cachefs.leisure import COURTESY_S
 from cachefs.plan import hydration
 from cachefs.plan.extents import BLOCK, Extent, aligned, subtract
 from cachefs.plan.hydration import Candidate, Claim
-from cachefs.store.content import Store, StoredView, Usage
+from cachefs.store.content import Store
 from cachefs.store.format import OriginMode, ViewKind, ViewNo
+from cachefs.store.room import Usage
+from cachefs.store.view import StoredView
 
 log = logs.get(__name__)
 

@@ -48,9 +48,11 @@ from cachefs.sources.glance import Glance
 from cachefs.sources.measured import Measured
 from cachefs.stacks import Stacks
 from cachefs.status import Parts, Status
-from cachefs.store.content import READ_MAX, Limits, Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
 from cachefs.store.health import State
+from cachefs.store.room import Limits
+from cachefs.store.view import READ_MAX, StoredView
 from cachefs.traces import Traces
 from cachefs.uses import BOOT_SHARE, Uses
 from cachefs.verifier import Verifier

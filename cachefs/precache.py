@@ -35,8 +35,9 @@ from cachefs.policies import Decision, Keep, Node
 from cachefs.policy_host import PolicyFailed, printable
 from cachefs.ranks import Ranks
 from cachefs.store import format as f
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import HoldRecord, PrecacheKind, Table, ViewKind
+from cachefs.store.view import StoredView
 from cachefs.uses import Uses
 
 log = logs.get(__name__)

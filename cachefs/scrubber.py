@@ -33,7 +33,6 @@ from cachefs.errors import RecordCorrupt
 from cachefs.leisure import Guests
 from cachefs.plan.scrub import next_start, paid_until, wait_for_hours
 from cachefs.store import scrub as looking
-from cachefs.store.content import StoredView
 from cachefs.store.format import (
     COUNTERS_KEY,
     SCRUB_KEY,
@@ -48,6 +47,7 @@ from cachefs.store.format import (
 )
 from cachefs.store.index import Index
 from cachefs.store.scrub import BadSpan, ChunkScan, OpenFile, Step, Suspect
+from cachefs.store.view import StoredView
 
 log = logs.get(__name__)
 

@@ -34,9 +34,10 @@ from cachefs.plan.extents import BLOCK, Extent
 from cachefs.plan.trace import Pace
 from cachefs.plan.trace_file import NamedTrace
 from cachefs.store import format as f
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import OriginMode, SpanNo, Table, TraceRecord, ViewKind, ViewNo
 from cachefs.store.survey import UNDECODABLE, decode_trace
+from cachefs.store.view import StoredView
 from cachefs.uses import Uses
 from cachefs.views import View
 from cachefs.views.recording import RecordingFile

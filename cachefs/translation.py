@@ -31,8 +31,9 @@ from cachefs.formats.qcow2 import Compressed, Data, Mapping, Need, Piece, Zero
 from cachefs.formats.qcow2_fetch import Fetch, Placed, Plan, sequential_plan
 from cachefs.formats.qcow2_header import CLUSTER_BITS_MAX, Header
 from cachefs.plan.extents import BLOCK, Extent, ceil, coalesce, pieces
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import OriginMode
+from cachefs.store.view import StoredView
 
 # What of the disk is translated in one go: little first, so that who waits for the first byte does not wait long.
 STEP_FIRST, STEP_MAX = 512 << 10, 4 << 20

@@ -21,9 +21,10 @@ from cachefs import logs
 from cachefs.catalog import Catalog, Image
 from cachefs.errors import CachefsError
 from cachefs.leisure import Leisure
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.digests import Pass
 from cachefs.store.format import ViewKind, ViewNo
+from cachefs.store.view import StoredView
 
 if TYPE_CHECKING:
     from hashlib import _Hash

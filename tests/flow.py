@@ -32,9 +32,11 @@ from cachefs.errors import OriginError, OriginUnavailable, RangeRefused
 from cachefs.fetcher import MEMORY_MAX, Fetcher
 from cachefs.plan.extents import BLOCK, Extent
 from cachefs.sources import Sink, Timing
-from cachefs.store.content import Limits, Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
 from cachefs.store.recover import Opened, open_store
+from cachefs.store.room import Limits
+from cachefs.store.view import StoredView
 from cachefs.views.stored import StoredFile
 from tests.stores import SPAN, UNLIMITED, Edges, image_id, patient
 

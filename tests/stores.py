@@ -25,12 +25,14 @@ from hypothesis import HealthCheck, settings
 from cachefs.errors import Absent
 from cachefs.plan.extents import PAGE, Extent, ceil, coalesce, pieces, subtract
 from cachefs.store import format as f
-from cachefs.store.content import Limits, Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import Punch, SegmentNo, SpanNo, ViewKind, ViewNo
 from cachefs.store.health import Health, Patience
 from cachefs.store.index import MAP_SIZE_FIRST, Index, Snapshot, WriteSet
 from cachefs.store.recover import Opened, open_store
+from cachefs.store.room import Limits
 from cachefs.store.segments import CutShort, Segments
+from cachefs.store.view import StoredView
 from tests.xxh3_twin import twin
 
 HUNT = int(os.environ.get("CACHEFS_HUNT", "1"))

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from cachefs.errors import ImageGone, OriginError, OriginLied, OriginUnavailable, ReadDeadline
 from cachefs.plan.extents import BLOCK, Extent, ceil
 from cachefs.plan.windows import EQUAL_COSTS, RANDOM_FIRST, RANDOM_MAX, SEQUENTIAL_MAX
-from cachefs.store.content import Limits
 from cachefs.store.format import SegmentNo
 from cachefs.store.health import State
+from cachefs.store.room import Limits
 from tests.flow import (
     KIB,
     MIB,

@@ -24,8 +24,9 @@ from cachefs.hydrator import LOOK_S, Hydrator
 from cachefs.leases import Leases
 from cachefs.leisure import Leisure
 from cachefs.plan.extents import BLOCK, Extent
-from cachefs.store.content import Limits, StoredView
 from cachefs.store.format import SpanNo, ViewKind
+from cachefs.store.room import Limits
+from cachefs.store.view import StoredView
 from cachefs.verifier import Verifier
 from cachefs.views.stored import StoredFile
 from tests import test_qcow2 as qcow2

@@ -19,10 +19,11 @@ from cachefs.flights import Priority
 from cachefs.plan.extents import BLOCK, Extent, pieces
 from cachefs.store import format as f
 from cachefs.store.check import Severity, check
-from cachefs.store.content import Limits, StoredView
 from cachefs.store.digests import ROOM_BYTES
 from cachefs.store.format import SpanNo, Table
 from cachefs.store.recover import repair_store
+from cachefs.store.room import Limits
+from cachefs.store.view import StoredView
 from tests import test_qcow2 as qcow2
 from tests.flow import MIB, Cut, Flow, ScriptedSource, Stall, flow, until, virtual_time
 from tests.stores import SPAN, Crash, Edge, Edges, Fate, index_of, put

@@ -21,8 +21,10 @@ from cachefs.errors import ControlError, Leased, NoEntry, StoreError
 from cachefs.evictor import PAUSE_S, ROUND_S, SLICE_SPANS, STUCK_S, Asked, Cause, Evictor, Watermarks
 from cachefs.leases import Leases
 from cachefs.plan.eviction import Priority
-from cachefs.store.content import Limits, Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import SpanNo, UseFlag, ViewNo
+from cachefs.store.room import Limits
+from cachefs.store.view import StoredView
 from cachefs.uses import LOOK_S, RETOUCH_S, Uses
 from tests.evictions import MIB, FakeStore, FakeView, wall_clock
 from tests.flow import quiet, virtual_time

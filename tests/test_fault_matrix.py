@@ -32,8 +32,9 @@ from cachefs.plan.extents import BLOCK, Extent
 from cachefs.plan.windows import Pattern
 from cachefs.sources.auth import AuthOptions
 from cachefs.sources.glance import Glance
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import DiskEntry, OriginMode, ViewKind
+from cachefs.store.view import StoredView
 from cachefs.verifier import Verifier
 from tests import origin as o
 from tests import wire as w

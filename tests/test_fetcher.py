@@ -24,8 +24,9 @@ from cachefs.fetcher import BACKOFF_FIRST_S, BACKOFF_MAX_S, RETRY_AFTER_JITTER
 from cachefs.flights import Flight, Priority
 from cachefs.plan.extents import BLOCK, Extent
 from cachefs.sources import Sink, Timing
-from cachefs.store.content import Limits, StoredView
 from cachefs.store.format import OriginMode
+from cachefs.store.room import Limits
+from cachefs.store.view import StoredView
 from tests.flow import (
     KIB,
     MIB,

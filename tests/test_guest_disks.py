@@ -32,8 +32,8 @@ from cachefs.fetcher import MEMORY_MAX
 from cachefs.guest_disks import GuestDisks
 from cachefs.plan.extents import BLOCK, Extent
 from cachefs.sources import Sink, Timing
-from cachefs.store.content import Limits
 from cachefs.store.format import SpanNo, ViewKind
+from cachefs.store.room import Limits
 from cachefs.translation import FETCHES_MAX
 from cachefs.views.stored import StoredFile
 from tests import test_qcow2 as qcow2

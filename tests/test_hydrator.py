@@ -17,8 +17,9 @@ from cachefs.hydrator import AGAIN_S, LOOK_S, Hydrator
 from cachefs.leases import Leases
 from cachefs.plan.extents import BLOCK, Extent
 from cachefs.plan.windows import Pattern
-from cachefs.store.content import Limits, StoredView
 from cachefs.store.format import SpanNo
+from cachefs.store.room import Limits
+from cachefs.store.view import StoredView
 from tests.flow import Flow, Refuse, ScriptedSource, flow, until, virtual_time
 from tests.stores import SPAN, image_id
 

@@ -29,8 +29,8 @@ from cachefs.instance_walk import Walker
 from cachefs.instances import AGAIN_S, FIRST_LOOK_MAX_S, STALL_S, Instances
 from cachefs.leases import DISKS_KEPT, Leases, Reason
 from cachefs.plan.instances import Base
-from cachefs.store.content import Limits
 from cachefs.store.format import ViewKind
+from cachefs.store.room import Limits
 from cachefs.uses import Uses
 from tests.evictions import EPOCH_S, MIB, FakeStore, FakeView, wall_clock
 from tests.flow import until, virtual_time

@@ -16,9 +16,10 @@ import trio
 from cachefs.arriving import UNREAD_S
 from cachefs.plan.extents import PAGE, Extent, pieces
 from cachefs.store.check import check
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import SegmentNo
 from cachefs.store.segments import Segments
+from cachefs.store.view import StoredView
 from tests.flow import Flow, ScriptedSource, flow, until, virtual_time
 from tests.stores import SPAN, land, padded, random_bytes, read, running, segment_file, view_of
 

@@ -22,8 +22,9 @@ from trio.testing import MockClock
 
 from cachefs.plan.extents import PAGE, Extent, ceil, pieces
 from cachefs.store.check import check
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import SpanNo, ViewKind
+from cachefs.store.view import StoredView
 from cachefs.store.writer import BACKOFF_S
 from tests import disks, stores
 from tests.disks import Disk, Log

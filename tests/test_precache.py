@@ -25,8 +25,10 @@ from cachefs.policy_host import PolicyFailed
 from cachefs.precache import AGAIN_S, FIRST_S, JITTER, UNLISTED_S, Around, Precache, Run
 from cachefs.ranks import Ranks
 from cachefs.store import format as f
-from cachefs.store.content import Limits, Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import Table, ViewKind
+from cachefs.store.room import Limits
+from cachefs.store.view import StoredView
 from cachefs.uses import Uses
 from tests.evictions import FakeStore, wall_clock
 from tests.flow import ScriptedSource, quiet, until, virtual_time

@@ -25,8 +25,9 @@ from cachefs.scrubber import AWAY_S, COURTESY_S, GATHER_S, QUIET_S, Around, Fate
 from cachefs.store import format as f
 from cachefs.store import scrub as looking
 from cachefs.store.check import check
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import ChunkId, ScrubRecord, SpanNo, Table, ViewNo
+from cachefs.store.view import StoredView
 from tests.stores import (
     SPAN,
     chunks_of,

@@ -22,11 +22,12 @@ from cachefs.plan.cutting import CHUNK_PAGES_MAX
 from cachefs.plan.extents import BLOCK, PAGE, Extent
 from cachefs.store import format as f
 from cachefs.store.check import check
-from cachefs.store.content import Limits, Store
+from cachefs.store.content import Store
 from cachefs.store.format import OriginMode, Table, ViewKind
 from cachefs.store.index import Index, WriteSet
 from cachefs.store.ledger import CANDIDATES_MAX
 from cachefs.store.recover import open_store
+from cachefs.store.room import Limits
 from cachefs.store.writer import BACKOFF_S
 from tests import stores
 from tests.stores import (

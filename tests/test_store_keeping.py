@@ -14,11 +14,12 @@ from cachefs.errors import Absent, StoreError
 from cachefs.plan.extents import BLOCK, PAGE, Extent
 from cachefs.store import format as f
 from cachefs.store.check import check
-from cachefs.store.content import Limits, Store
+from cachefs.store.content import Store
 from cachefs.store.format import SpanNo, Table
 from cachefs.store.health import DiskUnusable
 from cachefs.store.recipe import SpanMap
 from cachefs.store.recover import open_store
+from cachefs.store.room import Limits
 from cachefs.store.verified import Verified
 from cachefs.store.writer import HELD_S
 from tests import stores

@@ -28,9 +28,10 @@ from cachefs.errors import StoreError
 from cachefs.plan.extents import PAGE, ceil
 from cachefs.store import format as f
 from cachefs.store.check import check
-from cachefs.store.content import Store, StoredView
+from cachefs.store.content import Store
 from cachefs.store.format import SpanNo
 from cachefs.store.recover import open_store
+from cachefs.store.view import StoredView
 from cachefs.store.writer import BACKOFF_S
 from tests import stores
 from tests.stores import SPAN, UNLIMITED, Crash, Edge, Edges, Fate, padded, patchwork, read, view_of

@@ -22,8 +22,9 @@ from cachefs.plan import trace
 from cachefs.plan.extents import BLOCK, Extent
 from cachefs.plan.trace_file import NamedTrace, to_fields
 from cachefs.store import format as f
-from cachefs.store.content import Limits, StoredView
 from cachefs.store.format import SpanNo, Table, TraceRecord, TraceRun, UseFlag, ViewKind
+from cachefs.store.room import Limits
+from cachefs.store.view import StoredView
 from cachefs.traces import AGAIN_S, Traces
 from cachefs.uses import Uses
 from cachefs.views import View

@@ -15,8 +15,8 @@ from cachefs.blocks import Blocks
 from cachefs.catalog import Image
 from cachefs.leisure import Leisure
 from cachefs.plan.windows import Pattern
-from cachefs.store.content import StoredView
 from cachefs.store.format import SpanNo, ViewKind
+from cachefs.store.view import StoredView
 from cachefs.verifier import PIECE_BYTES, Verifier
 from tests.flow import content, until, virtual_time
 from tests.stores import SPAN, image_id

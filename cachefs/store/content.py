@@ -1,24 +1,14 @@
-"""The store as everybody else sees it: views to read, bytes to keep, images to remember. Rule: the way of a hit,
-from `StoredView.read_now` to its return, has no await, no thread and no look-up but of what is in memory.
-
-Reads go by `SpanMap`s, which the loop alone owns. A map is put in place by `published`, in one step with
-everything else that changed, before the writer may punch what the old one named; so a map that was looked up
-in this step of the loop names bytes that are there. Whoever waited (for a thread, for the disk) looks up again
-and compares before it believes what it read.
+"""The store as everybody else sees it: views to read, bytes to keep, images to remember. Rule: what is stored is
+changed by the writer only; what is asked for here goes into its queue.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
-import os
-import threading
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
@@ -26,23 +16,23 @@ from typing import Any, TypeVar, TypeVarTuple
 import trio
 
 from cachefs import logs
-from cachefs.errors import Absent, ImageCondemned, RecordCorrupt, StoreError
+from cachefs.errors import RecordCorrupt, StoreError
 from cachefs.plan.compaction import Sealed
-from cachefs.plan.cutting import CHUNK_PAGES_MAX
-from cachefs.plan.extents import PAGE, Extent, ceil, pieces
+from cachefs.plan.extents import PAGE, ceil
 from cachefs.store import format as f
+from cachefs.store.committed import CommittedIndex
 from cachefs.store.digests import Digests
 from cachefs.store.format import OriginMode, SpanNo, Table, ViewKind, ViewNo, ViewRecord
-from cachefs.store.health import DiskUnusable, Health, is_disk_fault, read_probe, write_probe
-from cachefs.store.index import MAP_SIZE_FIRST, Index, Snapshot
+from cachefs.store.health import Health, is_disk_fault, read_probe, write_probe
+from cachefs.store.index import MAP_SIZE_FIRST, Index
 from cachefs.store.landing import Landed, Lander
 from cachefs.store.ledger import Ledger
-from cachefs.store.recipe import ABSENT, HOLE, Run, SpanMap, absent_recipe, places, unverified
+from cachefs.store.recipe import SpanMap, absent_recipe, unverified
 from cachefs.store.recover import Opened, open_store
-from cachefs.store.segments import RWF_NOWAIT, CutShort
+from cachefs.store.room import Limits, Room, Usage
 from cachefs.store.verified import Verified
+from cachefs.store.view import READ_MAX, StoredView
 from cachefs.store.writer import (
-    Doubt,
     Drop,
     DropView,
     Land,
@@ -60,489 +50,16 @@ from cachefs.store.writer import (
 
 log = logs.get(__name__)
 
-# What the kernel asks for at most in one FUSE read (256 pages), and some room.
-READ_MAX = 4 << 20
 # About 1 KiB each: the maps of 64 GiB of views, in 16 MiB.
 MAPS_MAX = 16384
 DISK_READS_MAX = 64
-# What is kept free on the filesystem for the index, so that a full store can still write down what it evicts.
-INDEX_RESERVE = 4 << 20
 _KEYS_AT_ONCE = 4096
 # Looking up a span's chunks touches some 16 pages of the index.
 _TRIM_EVERY = 256
-# A read that is longer than this is one of many in order: the chunks behind it are verified with it.
-_LONG_READ, _VERIFY_AHEAD = 64 << 10, 4
 _YIELD_S = 0.002
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
-
-_ZEROS = memoryview(bytes(READ_MAX))
-preadv = os.preadv
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How large the store may grow, in bytes: `max_size` of segments and index, `min_free` left on the
-    filesystem."""
-
-    max_size: int
-    min_free: int
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """In bytes: what the store occupies by the filesystem's own count (`used`, with what is removed and not back
-    yet), what the filesystem has left (`free`), and the limits."""
-
-    used: int
-    free: int
-    max_size: int
-    min_free: int
-
-    @property
-    def limit(self) -> int:
-        """What the store may hold, as full as the filesystem is now."""
-        return max(0, min(self.max_size, self.used + self.free - self.min_free))
-
-    @property
-    def left(self) -> int:
-        """What may be added; negative where the limit is passed."""
-        return min(self.max_size - self.used, self.free - self.min_free)
-
-
-class Room:
-    """Whether bytes may be added: judged by real blocks and `statvfs`, asked anew for every 64 MiB, and more often
-    where little is left."""
-
-    _ASK_EVERY = 64 << 20
-
-    def __init__(self, usage: Callable[[], Usage]) -> None:
-        self._usage = usage
-        self._left = self._unasked = 0
-
-    def __call__(self, wanted: int) -> bool:
-        """Takes `wanted` bytes of what is left; False, and nothing taken, when that is too much."""
-        if wanted > min(self._left, self._unasked):
-            usage = self._usage()
-            self._left = min(usage.left, usage.free - usage.min_free - INDEX_RESERVE)
-            self._unasked = max(min(self._ASK_EVERY, self._left // 8), wanted)
-        if wanted > self._left:
-            return False
-        self._left -= wanted
-        self._unasked -= wanted
-        return True
-
-
-class StoredView:
-    """One view as far as it is stored. Made by `Store.view`; `size` in bytes."""
-
-    __slots__ = (
-        "_buffer", "_files", "_loading", "_maps", "_mask", "_shift", "_store", "condemned", "number", "record",
-    )  # fmt: skip
-
-    def __init__(self, store: Store, number: ViewNo, record: ViewRecord) -> None:
-        self.number, self.record = number, record
-        self.condemned: str | None = None  # Why nothing of it may be read any more.
-        self._store = store
-        self._shift, self._mask = store.span_size.bit_length() - 1, store.span_size - 1
-        self._files: dict[Any, int] = store.segments.files
-        self._buffer = store.buffer
-        self._maps: dict[int, SpanMap] = {}
-        self._loading: dict[int, object] = {}
-
-    @property
-    def size(self) -> int:
-        return self.record.size
-
-    @property
-    def cached(self) -> int:
-        """Bytes that are present."""
-        return self.record.cached
-
-    @property
-    def complete(self) -> bool:
-        return self.record.cached >= self.record.size
-
-    def condemn(self, why: str) -> None:
-        """Nothing of it is read from now on, by nobody."""
-        self.condemned = why
-        self.forget_maps()
-
-    @property
-    def is_well(self) -> bool:
-        """Whether the disk gives what is here, as far as is known."""
-        return self._store.health.may_look_up
-
-    @property
-    def spans(self) -> int:
-        """How many spans it has."""
-        return (self.record.size + self._mask) >> self._shift
-
-    @property
-    def maps(self) -> Mapping[int, SpanMap]:
-        """The maps that are in memory, by span."""
-        return self._maps
-
-    # ── the way of a hit ──
-
-    def read_now(self, offset: int, length: int) -> memoryview | None:
-        """The bytes, when they are present and in the kernel's page cache; None when that is not so. They are
-        good until the next read of the store: use them before the next await. The range must lie in the view
-        and be no longer than READ_MAX."""
-        span_map = self._maps.get(offset >> self._shift)
-        if span_map is None:
-            return None
-        span_map.used = True
-        within = offset & self._mask
-        starts = span_map.starts
-        i = bisect_right(starts, within) - 1
-        if within + length > starts[i + 1]:
-            return self._gather_now(offset, length)
-        segment = span_map.segments[i]
-        if segment > 0:
-            piece = self._buffer[:length]
-            try:
-                # A segment whose file is missing: EBADF, as good as any other error.
-                file = self._files.get(segment, -1)
-                if preadv(file, (piece,), span_map.sources[i] + within, RWF_NOWAIT) == length:
-                    return piece
-            except OSError as error:
-                self._store.note_read_error(error)
-            return None
-        return _ZEROS[:length] if segment == HOLE else None
-
-    def _gather_now(self, offset: int, length: int) -> memoryview | None:
-        """The same for a range of several runs."""
-        at = 0
-        for part in pieces(Extent(offset, offset + length), self._mask + 1):
-            span_map = self._maps.get(part.start >> self._shift)
-            if span_map is None:
-                return None
-            span_map.used = True
-            for segment, source, n in span_map.locate(part.start & self._mask, part.length):
-                piece = self._buffer[at : at + n]
-                if segment > 0:
-                    try:
-                        if preadv(self._files.get(segment, -1), (piece,), source, RWF_NOWAIT) != n:
-                            return None
-                    except OSError as error:
-                        self._store.note_read_error(error)
-                        return None
-                elif segment == HOLE:
-                    piece[:] = _ZEROS[:n]
-                else:
-                    return None
-                at += n
-        return self._buffer[:length]
-
-    # ── the other ways ──
-
-    async def read(self, offset: int, length: int) -> bytes | bytearray:
-        """The bytes, from the disk if need be: one thread hop. Chunks that were not verified since the start are
-        read whole and compared with their digests first. Raises Absent when a byte is not there, or not right;
-        DiskUnusable when the disk cannot say: with what came before, where it failed at one place."""
-        whole = Extent(offset, offset + length)
-        while True:
-            runs = await self._load_runs(whole)
-            reading = _DiskRead(self._store, self.number, self._shift, whole, runs)
-            await self._store.read_disk("a read", reading.run)
-            if await self._stands(reading, whole, runs):
-                self._note_verified(reading.verified)
-                assert isinstance(reading.out, bytearray), "it made its own"
-                return reading.out
-
-    async def look_at(self, offset: int, into: memoryview, look: Callable[[memoryview], T]) -> T:
-        """What `look` says of the bytes from `offset`, as many as `into` has room for, in the thread that read
-        them there. It is asked again when they were replaced meanwhile: then what it said before is void. No use
-        of the view, as eviction counts them, and the kernel's cache stays as it is, if `into` begins on a page of
-        memory. Raises as `read`; a late thread may still write to `into` then."""
-        whole = Extent(offset, offset + len(into))
-        while True:
-            runs = await self._load_runs(whole)
-            reading = _DiskRead(self._store, self.number, self._shift, whole, runs, into)
-            said = await self._store.read_disk("a read", reading.run_and, look)
-            if await self._stands(reading, whole, runs):
-                self._note_verified(reading.verified, used=False)
-                assert said, "it did not fail"
-                return said[0]
-
-    async def _stands(self, reading: _DiskRead, whole: Extent, runs: list[Run]) -> bool:
-        """Whether what was read may be believed: it may have been replaced and punched meanwhile. Raises what it
-        failed with, if that still stands."""
-        for error in reading.errors:
-            self._store.health.reads.note_error(f"a read: {error.strerror}")
-        if places(await self._load_runs(whole)) != places(runs):
-            return False
-        if reading.failed_at is None:
-            return True
-        self._note_verified(reading.verified)
-        if reading.disk_failed:
-            came = bytearray(reading.out[: reading.failed_at - whole.start])
-            raise DiskUnusable(f"a read: {reading.errors[0].strerror}", reading.failed_at, came)
-        raise Absent(self.number, reading.failed_at)
-
-    async def _load_runs(self, whole: Extent) -> list[Run]:
-        await self.load(whole)
-        return self._runs(whole)
-
-    def _runs(self, whole: Extent) -> list[Run]:
-        return [
-            run
-            for part in pieces(whole, self._mask + 1)
-            for run in self._maps[part.start >> self._shift].locate(part.start & self._mask, part.length)
-        ]
-
-    def _note_verified(self, verified: Mapping[SpanNo, list[tuple[Extent, Run]]], *, used: bool = True) -> None:
-        for span, found in verified.items():
-            span_map = self._maps.get(span)
-            if span_map is None:
-                continue
-            # The ledger may have been ahead of the map: only what lies where it was read is what was verified.
-            same = [
-                extent for extent, place in found if places(span_map.locate(*_start_and_length(extent))) == [place]
-            ]
-            if same:
-                self._put_map(span, span_map.with_verified(same))
-                self._maps[span].used |= used
-
-    async def doubt(self, offset: int) -> None:
-        """The byte at `offset` should be here and could not be read: its chunk is looked at, and quarantined
-        if it is rotten, so that it is absent and will be fetched."""
-        done = trio.Event()
-        span = SpanNo(offset >> self._shift)
-        self._store.writer.submit(Doubt(self.number, span, (offset & self._mask) // PAGE, done))
-        await done.wait()
-
-    async def load(self, extent: Extent) -> None:
-        """Makes sure that the maps of `extent`'s spans are in memory. No checkpoint when they are. Raises
-        DiskUnusable when they cannot be read now."""
-        while missing := [span for span in self._spans(extent) if span not in self._maps]:
-            if self.condemned is not None:
-                raise ImageCondemned(self.record.image, self.condemned)
-            # One token for all who load at once: each overruling the other, two could go on for ever.
-            tokens = {span: self._loading.setdefault(span, object()) for span in missing}
-            try:
-                if not self._store.health.may_look_up:
-                    raise DiskUnusable("the index is left alone while its disk is not well")
-                loaded = await self._store.read_disk(
-                    "a look-up", self._store.load_maps, self.number, missing, self.size
-                )
-            finally:
-                valid = [span for span, token in tokens.items() if self._loading.get(span) is token]
-                for span in valid:
-                    del self._loading[span]
-            # Where `published` or another loader was faster, ours may be older than what stands there.
-            for span in valid:
-                if span not in self._maps:
-                    self._put_map(span, loaded[span])
-
-    def span_of(self, offset: int) -> Extent:
-        """The span that holds the byte at `offset`, cut at the view's end."""
-        start = offset & ~self._mask
-        return Extent(start, min(start + self._mask + 1, self.size))
-
-    def extent_of(self, span: SpanNo) -> Extent:
-        """The span's bytes, cut at the view's end."""
-        return self.span_of(span << self._shift)
-
-    def absent(self, extent: Extent) -> list[Extent]:
-        """The blocks of `extent` that are to be fetched, coalesced. Their spans' maps must be loaded; a span
-        whose map is not is taken for absent."""
-        missing: list[Extent] = []
-        for part in pieces(extent, self._mask + 1):
-            base = part.start & ~self._mask
-            span_map = self._maps.get(part.start >> self._shift)
-            if span_map is None:
-                span_map = SpanMap.of(absent_recipe(self._store.span_pages(self.size, base)), lambda _: None)
-            for gap in span_map.absent(Extent(part.start - base, part.end - base)):
-                found = Extent(base + gap.start, min(base + gap.end, self.size))
-                if missing and missing[-1].end == found.start:
-                    found = Extent(missing.pop().start, found.end)
-                missing.append(found)
-        return missing
-
-    def present_at(self, offset: int) -> bool | None:
-        """Whether the byte is here; None when its span's map is not in memory."""
-        span_map = self._maps.get(offset >> self._shift)
-        if span_map is None:
-            return None
-        return span_map.segments[bisect_right(span_map.starts, offset & self._mask) - 1] != ABSENT
-
-    def _spans(self, extent: Extent) -> Iterable[SpanNo]:
-        return map(SpanNo, range(extent.start >> self._shift, ((extent.end - 1) >> self._shift) + 1))
-
-    # ── what the store tells it ──
-
-    def _put_map(self, span: int, span_map: SpanMap) -> None:
-        if self.condemned is not None:
-            return  # Nothing of it is to be found any more.
-        if span not in self._maps:
-            self._store.count_map(self, span)
-        self._maps[span] = span_map
-
-    def publish(self, landed: Landed) -> None:
-        self._loading.pop(landed.span, None)
-        if landed.map is not None:
-            self._put_map(landed.span, landed.map)
-        else:
-            self._maps.pop(landed.span, None)
-        was = self.record.cached
-        self.record = self.record.with_cached(landed.cached)
-        if landed.cached < was:
-            self._store.on_loss(self)
-        elif was < self.record.size <= landed.cached:
-            self._store.on_whole(self)
-
-    def forget_maps(self) -> None:
-        self._loading.clear()
-        self._maps.clear()
-
-    def forget_maps_of(self, segments: Set[int]) -> None:
-        self._loading.clear()
-        for span in [n for n, m in self._maps.items() if not segments.isdisjoint(m.segments)]:
-            del self._maps[span]
-
-    def forget_map(self, span: int) -> SpanMap | None:
-        return self._maps.pop(span, None)
-
-
-class _DiskRead:
-    """One read in a thread. `out` is filled up to `failed_at` (an offset of the view), or whole; `verified` are
-    the chunks that were found to have their digests, as extents of their spans, and where they lie. `errors` are
-    the disk's, each once; `disk_failed`: one of them is why it ended at `failed_at`."""
-
-    def __init__(
-        self,
-        store: Store,
-        view: ViewNo,
-        shift: int,
-        whole: Extent,
-        runs: list[Run],
-        out: memoryview | None = None,
-    ) -> None:
-        """`out`: used, as large as `whole`, by somebody who passes by; a new one when None."""
-        self._store, self._view, self._shift, self._whole, self._runs = store, view, shift, whole, runs
-        self._used = out is not None
-        self.out: bytearray | memoryview = bytearray(whole.length) if out is None else out
-        self.failed_at: int | None = None
-        self.disk_failed = False
-        self.errors: list[OSError] = []
-        self.verified: dict[SpanNo, list[tuple[Extent, Run]]] = {}
-        self._unsynced: set[f.SegmentNo] = set()
-        self._span: SpanNo | None = None
-        self._recipe: f.Recipe = ()  # Of that span.
-        self._buffer = memoryview(b"")  # For one chunk, where chunks are verified.
-
-    def run(self) -> None:
-        buffer = memoryview(self.out)
-        at = self._whole.start
-        # Some filesystems drop pages that they could not write; before the sync that says so they read as zeros.
-        self._unsynced = self._store.writer.ledger.uncommitted_segments()
-        for run in self._runs:
-            got = self._fill(run, at, buffer[at - self._whole.start : at - self._whole.start + run.length])
-            if got < run.length:
-                self._store.read_errors += run.segment != ABSENT
-                self.failed_at, self.disk_failed = at + got, bool(self.errors)
-                return
-            at += run.length
-        if self.verified and self._whole.length >= _LONG_READ:
-            self._verify_ahead()
-
-    def run_and(self, look: Callable[[memoryview], T]) -> tuple[T] | None:
-        """The same, and what `look` says of all that was read; None where that is not all."""
-        self.run()
-        return (look(memoryview(self.out)),) if self.failed_at is None else None
-
-    def _fill(self, run: Run, at: int, out: memoryview) -> int:
-        """Fills `out` from offset `at` of the view, where `run` is; returns how many bytes are right."""
-        if run.segment == ABSENT:
-            return 0
-        if run.segment == HOLE:
-            if self._used:
-                out[:] = bytes(run.length)
-            return run.length
-        if run.segment > HOLE and run.segment not in self._unsynced:
-            return self._read(f.SegmentNo(run.segment), run.offset, out)
-        return self._verify(at, out)
-
-    def _read(self, segment: f.SegmentNo, offset: int, into: memoryview) -> int:
-        """How many bytes of `into` the segment gave: less than all where it ends, or where the disk failed."""
-        try:
-            return self._store.segments.read_into(segment, offset, into, past_cache=self._used)
-        except OSError as error:
-            if not is_disk_fault(error):
-                raise
-            self.errors.append(error)
-            return error.got if isinstance(error, CutShort) else 0
-
-    def _verify(self, at: int, out: memoryview) -> int:
-        """Fills `out` from offset `at` of the view, all in one span, with bytes of chunks that have their digests;
-        returns how many bytes that were."""
-        base = at & -self._store.span_size
-        wanted = Extent(at - base, at - base + len(out))
-        got = 0
-        for chunk_id, chunk, extent in self._chunks(base, wanted):
-            part = extent.clamp(wanted)
-            if chunk is None:
-                break  # It was a chunk when the map was made: whoever compares will look again.
-            into = out[part.start - wanted.start : part.end - wanted.start]
-            if not self._read_chunk(chunk_id, chunk, extent, part, into):
-                break
-            got += len(into)
-        return got
-
-    def _verify_ahead(self) -> None:
-        """Verifies some chunks behind a long read: who reads in order comes to them next, and each hop to a thread
-        costs more than they do. Nobody waits for them: where one cannot be read, the rest is left as it is."""
-        base = (self._whole.end - 1) & -self._store.span_size
-        end = self._whole.end - base
-        for chunk_id, chunk, extent in self._chunks(base, Extent(end, end + self._whole.length * _VERIFY_AHEAD)):
-            if chunk is not None:
-                self._read_chunk(chunk_id, chunk, extent, Extent(extent.end, extent.end), memoryview(b""))
-            if self.errors:
-                return
-
-    def _chunks(self, base: int, wanted: Extent) -> Iterator[tuple[f.ChunkId, f.Chunk | None, Extent]]:
-        """What the span that begins at `base` has in `wanted` (of the span); None for what is no usable chunk."""
-        ledger = self._store.writer.ledger
-        span = SpanNo(base >> self._shift)
-        if span != self._span:
-            self._span, self._recipe = span, ledger.recipe(self._view, span) or ()
-        start = end = 0
-        for kind, pages, chunk_id in self._recipe:
-            start, end = end, end + pages * PAGE
-            if end <= wanted.start:
-                continue
-            if start >= wanted.end:
-                return
-            chunk = ledger.chunk(chunk_id) if kind is f.Kind.CHUNK else None
-            yield chunk_id, None if chunk is None or chunk.rotten else chunk, Extent(start, end)
-
-    def _read_chunk(
-        self, chunk_id: f.ChunkId, chunk: f.Chunk, extent: Extent, part: Extent, into: memoryview
-    ) -> bool:
-        """Reads `part` of the chunk that is `extent` of its span. False when its bytes are not right."""
-        assert self._span is not None, "it is a chunk of that span"
-        place = Run(chunk.segment, chunk.offset, chunk.length)
-        if chunk_id in self._store.verified and chunk.segment not in self._unsynced:
-            if self._read(chunk.segment, chunk.offset + part.start - extent.start, into) != len(into):
-                return False
-            # By another way than this map's: the next read need not come here.
-            self.verified.setdefault(self._span, []).append((extent, place))
-            return True
-        if not self._buffer:
-            self._buffer = memoryview(mmap.mmap(-1, CHUNK_PAGES_MAX * PAGE))
-        stored = self._buffer[: chunk.length]
-        full = self._read(chunk.segment, chunk.offset, stored) == chunk.length
-        if not full or f.digest_of(stored) != chunk.digest:
-            return False
-        if chunk.segment not in self._unsynced:
-            self._store.verified.add((chunk_id,))
-        self.verified.setdefault(self._span, []).append((extent, place))
-        if len(into):
-            into[:] = stored[part.start - extent.start : part.end - extent.start]
-        return True
 
 
 class Store:
@@ -899,6 +416,7 @@ class Store:
     # ── maps ──
 
     def span_pages(self, size: int, base: int) -> int:
+        """How many pages the span that begins at `base` has, in a view of `size` bytes."""
         return ceil(min(self.span_size, size - base), PAGE) // PAGE
 
     def load_maps(self, view: ViewNo, spans: Sequence[SpanNo], size: int) -> dict[SpanNo, SpanMap]:
@@ -917,6 +435,7 @@ class Store:
         return maps
 
     def count_map(self, view: StoredView, span: int) -> None:
+        """One more map is in memory. Beyond MAPS_MAX the oldest goes, and is remembered if it was used."""
         self._maps_known.append((view, span))
         if len(self._maps_known) > MAPS_MAX:
             old, old_span = self._maps_known.popleft()
@@ -983,7 +502,7 @@ class Store:
         views: Mapping[ViewNo, ViewRecord],
         segments: Mapping[Any, f.SegmentRecord],
     ) -> Ledger:
-        return Ledger(_Committed(self._index), counters, views, segments)
+        return Ledger(CommittedIndex(self._index), counters, views, segments)
 
     def _reload(self) -> Ledger:
         with self._index.reading() as snapshot:
@@ -1030,61 +549,5 @@ class Store:
         }
 
 
-def _start_and_length(extent: Extent) -> tuple[int, int]:
-    return extent.start, extent.length
-
-
 def _view_key(image: str, kind: ViewKind, size: int) -> tuple[str, ViewKind, int]:
     return image, kind, size if kind is ViewKind.RESIZED else 0
-
-
-class _Committed:
-    """The index as the ledger sees it: one short snapshot a look-up, or one for all look-ups of a batch. What
-    cannot be decoded is not there: it will be fetched again."""
-
-    def __init__(self, index: Index) -> None:
-        self._index = index
-        self._batch = threading.local()
-        self._repeats = logs.Repeats(log)  # Whoever looks a record up says it.
-
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        with self._index.reading() as snapshot:
-            self._batch.snapshot = snapshot
-            try:
-                yield
-            finally:
-                self._batch.snapshot = None
-
-    @contextmanager
-    def _reading(self) -> Iterator[Snapshot]:
-        snapshot: Snapshot | None = getattr(self._batch, "snapshot", None)
-        if snapshot is not None:
-            yield snapshot
-            return
-        with self._index.reading() as own:
-            yield own
-
-    def recipe(self, view: ViewNo, span: SpanNo) -> f.Recipe | None:
-        with self._reading() as snapshot:
-            try:
-                return snapshot.recipe(view, span)
-            except RecordCorrupt as error:
-                self._repeats.error("recipe", "%s: taken for absent", error)
-                return None
-
-    def chunk(self, chunk: f.ChunkId) -> f.Chunk | None:
-        with self._reading() as snapshot:
-            try:
-                return snapshot.chunk(chunk)
-            except RecordCorrupt as error:
-                self._repeats.error("chunk", "%s: taken for lost", error)
-                return None
-
-    def candidates(self, digest: bytes, most: int) -> list[f.ChunkId]:
-        with self._reading() as snapshot:
-            return snapshot.candidates(digest, most)
-
-    def known(self, digests: Sequence[bytes]) -> set[bytes]:
-        with self._reading() as snapshot:
-            return snapshot.known(digests)

@@ -33,7 +33,8 @@ from cachefs.store.format import BLOCK_DIGEST_BYTES, SpanNo, Table, ViewKind, Vi
 from cachefs.store.health import DiskUnusable
 
 if TYPE_CHECKING:
-    from cachefs.store.content import Store, StoredView
+    from cachefs.store.content import Store
+    from cachefs.store.view import StoredView
 
 log = logs.get(__name__)
 

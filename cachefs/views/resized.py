@@ -5,7 +5,7 @@ the disk is read exactly as the disk's own file is.
 from __future__ import annotations
 
 from cachefs.blocks import Blocks
-from cachefs.store.content import READ_MAX, StoredView
+from cachefs.store.view import READ_MAX, StoredView
 from cachefs.views import Buffer
 from cachefs.views.stored import StoredFile
 

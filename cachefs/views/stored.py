@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from cachefs.blocks import Blocks
 from cachefs.plan.windows import NEVER, Pattern
-from cachefs.store.content import READ_MAX, StoredView
+from cachefs.store.view import READ_MAX, StoredView
 from cachefs.views import Buffer
 
 
