@@ -17,8 +17,7 @@ from typing import Final
 
 from oslo_config import cfg
 
-from cachefs import log_lines, options
-from cachefs.asking import DEFAULT_FILE
+from cachefs import asking, log_lines, options
 from cachefs.config_files import Reading, lines_of, paths_of
 from cachefs.errors import ConfigError
 from cachefs.option_types import Address, Amount, Hours
@@ -183,7 +182,7 @@ def _read(
     reading = Reading(paths, lines, overrides)
     reading.refuse([*_contradictions(reading.conf), *auth.validate(reading.conf)])
     if not paths and reading.faults:  # They all are one: nobody has said anything yet.
-        reading.faults.insert(0, ConfigError(DEFAULT_FILE, NO_FILE))
+        reading.faults.insert(0, ConfigError(asking.DEFAULT_FILE, NO_FILE))
     return None if reading.faults else _config(reading.conf), reading.faults
 
 

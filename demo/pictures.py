@@ -34,7 +34,9 @@ SLOWLY: Final = Trickle(256 << 10, 0.006)
 CACHEFS: Final = [sys.executable, "-m", "cachefs.cli"]
 # Without the fonts that rich would load from elsewhere.
 SVG: Final = """\
-<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img">
+<title>@TITLE@</title>
+<desc>@DESCRIPTION@</desc>
 <style>
 .{unique_id}-matrix {{
     font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: {char_height}px;
@@ -58,6 +60,31 @@ SVG: Final = """\
 </g>
 </svg>
 """
+
+
+# What is on each, in words.
+DESCRIPTIONS: Final = {
+    "images": (
+        "cachefs images",
+        "The images of a node on a terminal of 80 columns: ids, names, sizes, how much of each is cached, their states.",
+    ),
+    "status": (
+        "cachefs status",
+        "What a daemon holds and does, on a terminal.",
+    ),
+    "prefetch": (
+        "cachefs prefetch --wait",
+        "How far a prefetch is: a bar, the share, bytes, rate and time left.",
+    ),
+    "top": (
+        "cachefs top",
+        "Guests, reads, flights and the images that matter, while guests read.",
+    ),
+    "top-80": (
+        "cachefs top at 80 columns",
+        "The same on a smaller terminal.",
+    ),
+}
 
 
 def image(number: int, name: str, size: int, disk_format: str = "raw") -> OriginImage:
@@ -211,6 +238,8 @@ def take(name: str, screen: pyte.Screen) -> None:
     svg = console.export_svg(
         title=f"cachefs {name.partition('-')[0]}", code_format=SVG, unique_id=f"cachefs-{name}"
     )
+    title, description = DESCRIPTIONS[name]
+    svg = svg.replace("@TITLE@", title).replace("@DESCRIPTION@", description)
     path.write_text("".join(f"{line.rstrip()}\n" for line in svg.splitlines()))
     print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
