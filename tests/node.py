@@ -326,6 +326,8 @@ class _Watch:
     @property
     def log(self) -> str:
         with self.changed:
+            if not self.ended:
+                self._hear()  # What it said before it answered somebody is there, whichever thread runs first.
             return self._log.decode(errors="replace")
 
     def finish(self) -> None:
