@@ -66,7 +66,7 @@ SVG: Final = """\
 DESCRIPTIONS: Final = {
     "images": (
         "cachefs images",
-        "The images of a node on a terminal of 80 columns: ids, names, sizes, how much of each is cached, their states.",
+        "The images of a node on 80 columns: ids, names, sizes, how much of each is cached, their states.",
     ),
     "status": (
         "cachefs status",

@@ -89,7 +89,8 @@ def test_what_policies_want_is_explained_then_held_and_outlives_a_restart(glance
         assert "pre-cached:  3 images, 3.0 MiB of 3.0 MiB; 1 pinned" in lines
         assert f"policies:    nosuch failed: LookupError: {NOSUCH}" in lines
         assert node.path(pinned).read_bytes() == content[2]
-        assert evicted(node, pinned) == f"image {pinned} is not evicted: it is pinned by a policy (property)"
+        why = "it is pinned by a policy (property) ([precache] in the configuration)"
+        assert evicted(node, pinned) == f"image {pinned} is not evicted: {why}"
         assert node.ask("unpin", images=[pinned])[0]["was_pinned"] is False
         assert evicted(node, pinned) is not None, "it is not people's to take away"
         shown = one(node, pinned)
