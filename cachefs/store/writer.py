@@ -226,7 +226,8 @@ InThread = Callable[..., Awaitable[Any]]
 
 def _give_way() -> None:
     """The processor belongs to whoever reads: this thread takes what is left of it."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    with suppress(OSError):  # A sandbox may forbid it.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 async def _in_thread(what: str, work: Callable[..., Any], *args: Any) -> Any:
