@@ -14,13 +14,14 @@ import pytest
 import trio
 
 from cachefs.arriving import UNREAD_S
+from cachefs.errors import Absent
 from cachefs.plan.extents import PAGE, Extent, pieces
 from cachefs.store.check import check
 from cachefs.store.content import Store, StoredView
 from cachefs.store.format import SegmentNo
 from cachefs.store.segments import Segments
 from tests.flow import Flow, ScriptedSource, flow, until, virtual_time
-from tests.stores import SPAN, land, padded, random_bytes, read, running, segment_file, view_of
+from tests.stores import SPAN, flip, land, padded, random_bytes, read, running, segment_file, view_of
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 2 * SPAN + 12345
@@ -93,6 +94,29 @@ def test_what_lands_in_passing_is_not_in_the_cache_until_it_is_read(cold: Path) 
         async with running(cold) as store:
             assert await read(view_of(store, 1, SIZE), 0, SIZE) == content
         assert check(cold).sound
+
+    trio.run(main)
+
+
+def test_what_the_disk_made_of_bytes_that_passed_by_is_compared_before_it_is_served(folder: Path) -> None:
+    """They were never seen after they were written: nothing of them is in the kernel's cache."""
+    content = random_bytes(1, 2 * SPAN)
+
+    async def main() -> None:
+        async with running(folder) as store:
+            view = view_of(store, 1, 2 * SPAN)
+            await pass_by(store, view, content)
+            await store.flush()
+            flip(segment_file(folder), SPAN // 2)
+            assert view.read_now(SPAN // 2, 1) is None, "nobody looked at it yet"
+            assert await read(view, SPAN // 2, 1) is None
+            assert await read(view, SPAN, SPAN) == content[SPAN:]
+            now = view.read_now(SPAN, 4096)
+            assert now is not None
+            assert now == content[SPAN : SPAN + 4096], "what was compared is read as fast as all else"
+            room = memoryview(mmap.mmap(-1, SPAN))
+            with pytest.raises(Absent):
+                await view.look_at(0, room, bytes)
 
     trio.run(main)
 

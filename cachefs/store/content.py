@@ -407,6 +407,10 @@ class StoredView:
         return self._maps.pop(span, None)
 
 
+# A chunk of a span, None where that is not usable, and where it is in the span.
+_Found = tuple[f.ChunkId, f.Chunk | None, Extent]
+
+
 class _DiskRead:
     """One read in a thread. `out` is filled up to `failed_at` (an offset of the view), or whole; `verified` are
     the chunks that were found to have their digests, as extents of their spans, and where they lie. `errors` are
@@ -482,14 +486,19 @@ class _DiskRead:
         base = at & -self._store.span_size
         wanted = Extent(at - base, at - base + len(out))
         got = 0
-        for chunk_id, chunk, extent in self._chunks(base, wanted):
-            part = extent.clamp(wanted)
+        for several in _together(self._chunks(base, wanted), wanted):
+            chunk_id, chunk, extent = several[0]
             if chunk is None:
                 break  # It was a chunk when the map was made: whoever compares will look again.
+            part = Extent(extent.start, several[-1][2].end).clamp(wanted)
             into = out[part.start - wanted.start : part.end - wanted.start]
-            if not self._read_chunk(chunk_id, chunk, extent, part, into):
+            if len(several) > 1:
+                right = self._read_chunks(chunk, several, into)
+            else:
+                right = len(into) if self._read_chunk(chunk_id, chunk, extent, part, into) else 0
+            got += right
+            if right < len(into):
                 break
-            got += len(into)
         return got
 
     def _verify_ahead(self) -> None:
@@ -503,7 +512,7 @@ class _DiskRead:
             if self.errors:
                 return
 
-    def _chunks(self, base: int, wanted: Extent) -> Iterator[tuple[f.ChunkId, f.Chunk | None, Extent]]:
+    def _chunks(self, base: int, wanted: Extent) -> Iterator[_Found]:
         """What the span that begins at `base` has in `wanted` (of the span); None for what is no usable chunk."""
         ledger = self._store.writer.ledger
         span = SpanNo(base >> self._shift)
@@ -519,17 +528,36 @@ class _DiskRead:
             chunk = ledger.chunk(chunk_id) if kind is f.Kind.CHUNK else None
             yield chunk_id, None if chunk is None or chunk.rotten else chunk, Extent(start, end)
 
+    def _read_chunks(self, first: f.Chunk, several: Sequence[_Found], into: memoryview) -> int:
+        """Reads chunks that lie side by side from the `first` on; returns how many bytes are of right ones."""
+        came = self._read(first.segment, first.offset, into)
+        at = 0
+        for chunk_id, chunk, extent in several:
+            assert chunk is not None, "it lies behind the one before"
+            end = at + extent.length
+            if came < end or f.digest_of(into[at:end]) != chunk.digest:
+                break
+            self._note_right(chunk_id, chunk, extent)
+            at = end
+        return at
+
+    def _note_right(self, chunk_id: f.ChunkId, chunk: f.Chunk, extent: Extent) -> None:
+        """What is stored has its digest."""
+        assert self._span is not None, "it is a chunk of that span"
+        if chunk.segment not in self._unsynced:
+            self._store.verified.add((chunk_id,))
+        place = Run(chunk.segment, chunk.offset, chunk.length)
+        self.verified.setdefault(self._span, []).append((extent, place))
+
     def _read_chunk(
         self, chunk_id: f.ChunkId, chunk: f.Chunk, extent: Extent, part: Extent, into: memoryview
     ) -> bool:
         """Reads `part` of the chunk that is `extent` of its span. False when its bytes are not right."""
-        assert self._span is not None, "it is a chunk of that span"
-        place = Run(chunk.segment, chunk.offset, chunk.length)
         if chunk_id in self._store.verified and chunk.segment not in self._unsynced:
             if self._read(chunk.segment, chunk.offset + part.start - extent.start, into) != len(into):
                 return False
             # By another way than this map's: the next read need not come here.
-            self.verified.setdefault(self._span, []).append((extent, place))
+            self._note_right(chunk_id, chunk, extent)
             return True
         if not self._buffer:
             self._buffer = memoryview(mmap.mmap(-1, CHUNK_PAGES_MAX * PAGE))
@@ -537,12 +565,33 @@ class _DiskRead:
         full = self._read(chunk.segment, chunk.offset, stored) == chunk.length
         if not full or f.digest_of(stored) != chunk.digest:
             return False
-        if chunk.segment not in self._unsynced:
-            self._store.verified.add((chunk_id,))
-        self.verified.setdefault(self._span, []).append((extent, place))
+        self._note_right(chunk_id, chunk, extent)
         if len(into):
             into[:] = stored[part.start - extent.start : part.end - extent.start]
         return True
+
+
+def _together(chunks: Iterable[_Found], wanted: Extent) -> Iterator[list[_Found]]:
+    """Chunks that one read gives: wholly wanted, and side by side on the disk. All others alone."""
+    several: list[_Found] = []
+    for found in chunks:
+        _, chunk, extent = found
+        is_whole = chunk is not None and extent == extent.clamp(wanted)
+        if several and not (is_whole and _is_behind(several[-1][1], chunk)):
+            yield several
+            several = []
+        several.append(found)
+        if not is_whole:
+            yield several
+            several = []
+    if several:
+        yield several
+
+
+def _is_behind(before: f.Chunk | None, chunk: f.Chunk | None) -> bool:
+    if before is None or chunk is None:
+        return False
+    return before.segment == chunk.segment and before.offset + before.length == chunk.offset
 
 
 class Store:

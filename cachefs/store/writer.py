@@ -614,7 +614,7 @@ class Writer:
             self._told_of_failure.append(told)  # When the readers were: see `_go_back`.
         else:
             self.commits += 1
-            self._readers.committed(chunk for ids in layer.digests.values() for chunk in ids)
+            self._readers.committed(layer.seen())
             if self._landing:  # It looks at a snapshot that may be older than this commit.
                 self._sealed_is_committed = True
             else:
