@@ -22,7 +22,7 @@ from cachefs.store.format import OriginMode, SegmentNo
 from cachefs.store.health import State
 from cachefs.store.segments import Segments
 from tests.flow import Flow, ScriptedSource, flow, quiet, until, virtual_time
-from tests.stores import SPAN, flip, land, padded, random_bytes, read, running, segment_file, view_of
+from tests.stores import SPAN, flip, in_pages, land, padded, random_bytes, read, running, segment_file, view_of
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 2 * SPAN + 12345
@@ -55,10 +55,7 @@ def cold(folder: Path) -> Path:
 
 def slab(content: bytes, part: Extent) -> memoryview:
     """Whole pages of `content`, in memory as a flight has it."""
-    data = padded(content, *part)
-    place = memoryview(mmap.mmap(-1, len(data)))
-    place[:] = data
-    return place
+    return in_pages(padded(content, *part))
 
 
 async def pass_by(store: Store, view: StoredView, content: bytes) -> None:
