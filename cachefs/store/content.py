@@ -532,21 +532,24 @@ class _DiskRead:
         """Reads chunks that lie side by side from the `first` on; returns how many bytes are of right ones."""
         came = self._read(first.segment, first.offset, into)
         at = 0
+        right: list[f.ChunkId] = []
         for chunk_id, chunk, extent in several:
             assert chunk is not None, "it lies behind the one before"
             end = at + extent.length
             if came < end or f.digest_of(into[at:end]) != chunk.digest:
                 break
-            self._note_right(chunk_id, chunk, extent)
+            right.append(chunk_id)
             at = end
+        if right:
+            start = several[0][2].start
+            self._note_right(right, Extent(start, start + at), Run(first.segment, first.offset, at))
         return at
 
-    def _note_right(self, chunk_id: f.ChunkId, chunk: f.Chunk, extent: Extent) -> None:
-        """What is stored has its digest."""
-        assert self._span is not None, "it is a chunk of that span"
-        if chunk.segment not in self._unsynced:
-            self._store.verified.add((chunk_id,))
-        place = Run(chunk.segment, chunk.offset, chunk.length)
+    def _note_right(self, chunks: Iterable[f.ChunkId], extent: Extent, place: Run) -> None:
+        """What is stored of these chunks, which are `extent` of the span, has their digests."""
+        assert self._span is not None, "they are chunks of that span"
+        if place.segment not in self._unsynced:
+            self._store.verified.add(chunks)
         self.verified.setdefault(self._span, []).append((extent, place))
 
     def _read_chunk(
@@ -557,7 +560,7 @@ class _DiskRead:
             if self._read(chunk.segment, chunk.offset + part.start - extent.start, into) != len(into):
                 return False
             # By another way than this map's: the next read need not come here.
-            self._note_right(chunk_id, chunk, extent)
+            self._note_right((chunk_id,), extent, Run(chunk.segment, chunk.offset, chunk.length))
             return True
         if not self._buffer:
             self._buffer = memoryview(mmap.mmap(-1, CHUNK_PAGES_MAX * PAGE))
@@ -565,7 +568,7 @@ class _DiskRead:
         full = self._read(chunk.segment, chunk.offset, stored) == chunk.length
         if not full or f.digest_of(stored) != chunk.digest:
             return False
-        self._note_right(chunk_id, chunk, extent)
+        self._note_right((chunk_id,), extent, Run(chunk.segment, chunk.offset, chunk.length))
         if len(into):
             into[:] = stored[part.start - extent.start : part.end - extent.start]
         return True
