@@ -196,7 +196,7 @@ class Arriving:
         """What has arrived goes to the store: whole blocks, or up to the view's end. Now, or when it was read."""
         if flight.priority is Priority.HYDRATION:
             self._land(flight, slab, in_passing=True)
-        elif flight.in_passing and slab.filled and not self._stopping:
+        elif flight.in_passing and slab.filled and not self._stopping and not self.memory.is_wanted:
             self._unread[slab] = flight, trio.current_time()
             if not self._awaiting:
                 self._awaiting = True
@@ -267,14 +267,15 @@ class Arriving:
                 self._land(*self._unkept.popleft())
         self._offering = False
 
-    def _make_room(self) -> bool:
-        """Whether some was made at once. Else the oldest that waits to be read lands, and makes some soon."""
+    def _make_room(self, lacking: int) -> bool:
+        """Whether some was made at once. Else of what waits to be read so much lands, and makes some soon."""
         if self._unkept:
             self.drop(*self._unkept.popleft())
             return True
-        if self._unread:
+        while lacking > 0 and self._unread:
+            lacking -= len(next(iter(self._unread)).data)
             self._land_oldest()
-        return False
+        return bool(self._unkept)  # The store may have refused it at once.
 
 
 class FlightSink:

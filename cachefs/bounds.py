@@ -128,10 +128,11 @@ class Memory:
     """A bound on the bytes of all slabs, and the place that they come from. Whole spans are used again: faulting
     in 4 MiB takes as long as receiving it.
 
-    `reclaim` gives something back that is only nice to have; False when there is nothing.
+    `reclaim` is told how much is lacking, and gives something back that is only nice to have; False when there is
+    nothing.
     """
 
-    def __init__(self, total: int, span_size: int, reclaim: Callable[[], bool]) -> None:
+    def __init__(self, total: int, span_size: int, reclaim: Callable[[int], bool]) -> None:
         self.bound = Bound(total)
         self._reclaim = reclaim
         self._span_size = span_size
@@ -141,7 +142,7 @@ class Memory:
     async def slab(self, flight: Flight, start: int, length: int) -> Slab:
         """Room for `length` bytes, in whole pages; zeros behind them."""
         size = self._size(length)
-        while size > self.bound.free and self._reclaim():
+        while size > self.bound.free and self._reclaim(size - self.bound.free):
             pass
         await self.bound.take(flight, size)
         return self._made(start, length, size)

@@ -394,6 +394,6 @@ class Fetcher:
                 other.extent = Extent(other.at, other.at)  # Its waiters look again, and find the stream.
                 other.wake()
         if whole is flight:
-            flight.whole = True
+            flight.whole = flight.in_passing = True
             flight.extent = Extent(0, view.size)
             flight.at = 0

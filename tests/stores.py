@@ -8,6 +8,7 @@ with twenty times as many.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -93,6 +94,13 @@ def padded(content: bytes, start: int, end: int) -> memoryview:
     """Whole pages of `content` from `start` (on a page) to the page that holds `end`, zeros behind its end."""
     wanted = ceil(end, PAGE) - start
     return memoryview(content[start : start + wanted].ljust(wanted, b"\0"))
+
+
+def in_pages(data: bytes | memoryview) -> memoryview:
+    """The same bytes, from the beginning of a page of memory on, as a flight has them."""
+    place = memoryview(mmap.mmap(-1, len(data)))
+    place[:] = data
+    return place
 
 
 # ── A running store ───────────────────────────────────────────────────────────────────────────────────

@@ -14,14 +14,16 @@ import pytest
 import trio
 
 from cachefs.arriving import UNREAD_S
+from cachefs.errors import Absent
 from cachefs.plan.extents import PAGE, Extent, pieces
 from cachefs.store.check import check
 from cachefs.store.content import Store
-from cachefs.store.format import SegmentNo
+from cachefs.store.format import OriginMode, SegmentNo
+from cachefs.store.health import State
 from cachefs.store.segments import Segments
 from cachefs.store.view import StoredView
-from tests.flow import Flow, ScriptedSource, flow, until, virtual_time
-from tests.stores import SPAN, land, padded, random_bytes, read, running, segment_file, view_of
+from tests.flow import Flow, ScriptedSource, flow, quiet, until, virtual_time
+from tests.stores import SPAN, flip, in_pages, land, padded, random_bytes, read, running, segment_file, view_of
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 2 * SPAN + 12345
@@ -54,10 +56,7 @@ def cold(folder: Path) -> Path:
 
 def slab(content: bytes, part: Extent) -> memoryview:
     """Whole pages of `content`, in memory as a flight has it."""
-    data = padded(content, *part)
-    place = memoryview(mmap.mmap(-1, len(data)))
-    place[:] = data
-    return place
+    return in_pages(padded(content, *part))
 
 
 async def pass_by(store: Store, view: StoredView, content: bytes) -> None:
@@ -94,6 +93,29 @@ def test_what_lands_in_passing_is_not_in_the_cache_until_it_is_read(cold: Path) 
         async with running(cold) as store:
             assert await read(view_of(store, 1, SIZE), 0, SIZE) == content
         assert check(cold).sound
+
+    trio.run(main)
+
+
+def test_what_the_disk_made_of_bytes_that_passed_by_is_compared_before_it_is_served(folder: Path) -> None:
+    """They were never seen after they were written: nothing of them is in the kernel's cache."""
+    content = random_bytes(1, 2 * SPAN)
+
+    async def main() -> None:
+        async with running(folder) as store:
+            view = view_of(store, 1, 2 * SPAN)
+            await pass_by(store, view, content)
+            await store.flush()
+            flip(segment_file(folder), SPAN // 2)
+            assert view.read_now(SPAN // 2, 1) is None, "nobody looked at it yet"
+            assert await read(view, SPAN // 2, 1) is None
+            assert await read(view, SPAN, SPAN) == content[SPAN:]
+            now = view.read_now(SPAN, 4096)
+            assert now is not None
+            assert now == content[SPAN : SPAN + 4096], "what was compared is read as fast as all else"
+            room = memoryview(mmap.mmap(-1, SPAN))
+            with pytest.raises(Absent):
+                await view.look_at(0, room, bytes)
 
     trio.run(main)
 
@@ -208,6 +230,56 @@ async def test_what_waits_to_be_read_keeps_no_other_guest_waiting(tmp_path: Path
         for number in range(2, 10):  # Each with a window of its own.
             await way.read(number, SIZE, 0, 4096)
         assert (trio.current_time() - began_s) / 8 < UNREAD_S / 4
+
+
+@virtual_time
+async def test_a_disk_that_takes_nothing_does_not_hold_up_a_stream(tmp_path: Path) -> None:
+    """What waits to be read goes to nobody then, and makes room at once."""
+    size = 128 * MIB
+    async with flow(tmp_path / "store", ScriptedSource(rate=312e6), memory_max=16 * MIB) as way:
+        way.store.set_origin(way.stored(1, size), OriginMode.STREAM)
+        way.store.health.writes.state = State.DOWN
+        await way.read(1, size, size - 4096, 4096)
+        assert trio.current_time() < 2 * size / 312e6
+
+
+@virtual_time
+async def test_what_comes_while_somebody_waits_for_memory_does_not_wait_to_be_read(tmp_path: Path) -> None:
+    size = 2 * MIB
+    async with flow(tmp_path / "store", ScriptedSource(rate=312e6), memory_max=2 * MIB) as way:
+        for image in (1, 2, 3):
+            way.store.set_origin(way.stored(image, size), OriginMode.STREAM)
+        async with trio.open_nursery() as nursery:
+            for image in (1, 2, 3):
+                nursery.start_soon(way.read, image, size, size - 4096, 100)
+        assert trio.current_time() < UNREAD_S / 4
+
+
+@virtual_time
+async def test_as_much_as_is_needed_goes_to_the_store_at_once(tmp_path: Path) -> None:
+    """Small pieces wait to be read, and a whole span is to be received."""
+    small = 256 * KIB
+    async with flow(tmp_path / "store", ScriptedSource(rate=312e6), memory_max=MIB) as way:
+        for image in (1, 2, 3, 4):
+            way.store.set_origin(way.stored(image, small), OriginMode.STREAM)
+            await way.read(image, small, 0, 4096)
+        await quiet()
+        assert way.fetcher.memory_used == MIB
+        began_s = trio.current_time()
+        await way.read(5, SPAN, 0, 4096)
+        assert trio.current_time() - began_s < UNREAD_S / 4
+
+
+@virtual_time
+async def test_a_stream_passes_by_from_its_first_time_on(cold: Path) -> None:
+    """Also the one that was begun because the origin refused a range."""
+    size = 16 * MIB
+    source = ScriptedSource(rate=312e6, streams_only={1})
+    async with flow(cold, source) as way:
+        await read_in_order(way, size, size)
+        await way.settled()
+        assert [r.stream for r in source.requests if r.got] == [True]
+        assert len(cached_pages(cold)) < size // PAGE // 2
 
 
 @virtual_time

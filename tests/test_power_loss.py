@@ -28,7 +28,19 @@ from cachefs.store.view import StoredView
 from cachefs.store.writer import BACKOFF_S
 from tests import disks, stores
 from tests.disks import Disk, Log
-from tests.stores import SPAN, Edge, Edges, Fate, image_id, land, padded, patchwork, random_bytes, running
+from tests.stores import (
+    SPAN,
+    Edge,
+    Edges,
+    Fate,
+    image_id,
+    in_pages,
+    land,
+    padded,
+    patchwork,
+    random_bytes,
+    running,
+)
 
 DISK: Final = 48 << 20
 SECTOR: Final = 512
@@ -78,11 +90,12 @@ class Work:
         return stores.view_of(self.store, image, SIZES[image])
 
     async def land(self, image: int, start: int = 0, end: int | None = None, piece: int = SPAN) -> None:
-        """Bytes of an image, in pieces that do not cross a span."""
+        """Bytes of an image, in pieces that do not cross a span; every other one past the kernel's cache."""
         assert self.store is not None
         content = CONTENTS[image]
-        for part in pieces(Extent(start, min(end or len(content), len(content))), piece):
-            if await land(self.store, self.view(image), part.start, padded(content, *part)):
+        for number, part in enumerate(pieces(Extent(start, min(end or len(content), len(content))), piece)):
+            data = in_pages(padded(content, *part))
+            if await land(self.store, self.view(image), part.start, data, in_passing=number % 2 == image % 2):
                 self.landed[image].update(range(part.start // PAGE, ceil(part.end, PAGE) // PAGE))
 
     def put_image(self, image: int) -> None:

@@ -376,6 +376,21 @@ def test_a_foreign_folder_is_refused_and_left_alone(folder: Path) -> None:
     assert (folder / "lock").read_text() == "somebody else's"
 
 
+def test_the_root_of_a_filesystem_of_its_own_will_do(folder: Path) -> None:
+    (folder / "lost+found").mkdir(parents=True)
+    content = random_bytes(1, SPAN)
+
+    async def main() -> None:
+        for _ in range(2):
+            async with running(folder) as store:
+                view = view_of(store, 1, SPAN)
+                await land_all(store, view, content)
+                assert await read(view, 0, SPAN) == content
+
+    trio.run(main)
+    assert check(folder).sound
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreUnusable, match="cannot be made"):

@@ -5,7 +5,7 @@ changed; the loop, which found the places to read, looks again before it believe
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from cachefs.plan.cutting import CHUNK_PAGES_MAX
@@ -22,6 +22,10 @@ from cachefs.store.writer import Writer
 _LONG_READ, _VERIFY_AHEAD = 64 << 10, 4
 
 T = TypeVar("T")
+
+
+# A chunk of a span, None where that is not usable, and where it is in the span.
+_Found = tuple[f.ChunkId, f.Chunk | None, Extent]
 
 
 class DiskReadStore(Protocol):
@@ -110,14 +114,19 @@ class DiskRead:
         base = at & -self._store.span_size
         wanted = Extent(at - base, at - base + len(out))
         got = 0
-        for chunk_id, chunk, extent in self._chunks(base, wanted):
-            part = extent.clamp(wanted)
+        for several in _together(self._chunks(base, wanted), wanted):
+            chunk_id, chunk, extent = several[0]
             if chunk is None:
                 break  # It was a chunk when the map was made: whoever compares will look again.
+            part = Extent(extent.start, several[-1][2].end).clamp(wanted)
             into = out[part.start - wanted.start : part.end - wanted.start]
-            if not self._read_chunk(chunk_id, chunk, extent, part, into):
+            if len(several) > 1:
+                right = self._read_chunks(chunk, several, into)
+            else:
+                right = len(into) if self._read_chunk(chunk_id, chunk, extent, part, into) else 0
+            got += right
+            if right < len(into):
                 break
-            got += len(into)
         return got
 
     def _verify_ahead(self) -> None:
@@ -131,7 +140,7 @@ class DiskRead:
             if self.errors:
                 return
 
-    def _chunks(self, base: int, wanted: Extent) -> Iterator[tuple[f.ChunkId, f.Chunk | None, Extent]]:
+    def _chunks(self, base: int, wanted: Extent) -> Iterator[_Found]:
         """What the span that begins at `base` has in `wanted` (of the span); None for what is no usable chunk."""
         ledger = self._store.writer.ledger
         span = SpanNo(base >> self._shift)
@@ -147,17 +156,39 @@ class DiskRead:
             chunk = ledger.chunk(chunk_id) if kind is f.Kind.CHUNK else None
             yield chunk_id, None if chunk is None or chunk.rotten else chunk, Extent(start, end)
 
+    def _read_chunks(self, first: f.Chunk, several: Sequence[_Found], into: memoryview) -> int:
+        """Reads chunks that lie side by side from the `first` on; returns how many bytes are of right ones."""
+        came = self._read(first.segment, first.offset, into)
+        at = 0
+        right: list[f.ChunkId] = []
+        for chunk_id, chunk, extent in several:
+            assert chunk is not None, "it lies behind the one before"
+            end = at + extent.length
+            if came < end or f.digest_of(into[at:end]) != chunk.digest:
+                break
+            right.append(chunk_id)
+            at = end
+        if right:
+            start = several[0][2].start
+            self._note_right(right, Extent(start, start + at), Run(first.segment, first.offset, at))
+        return at
+
+    def _note_right(self, chunks: Iterable[f.ChunkId], extent: Extent, place: Run) -> None:
+        """What is stored of these chunks, which are `extent` of the span, has their digests."""
+        assert self._span is not None, "they are chunks of that span"
+        if place.segment not in self._unsynced:
+            self._store.verified.add(chunks)
+        self.verified.setdefault(self._span, []).append((extent, place))
+
     def _read_chunk(
         self, chunk_id: f.ChunkId, chunk: f.Chunk, extent: Extent, part: Extent, into: memoryview
     ) -> bool:
         """Reads `part` of the chunk that is `extent` of its span. False when its bytes are not right."""
-        assert self._span is not None, "it is a chunk of that span"
-        place = Run(chunk.segment, chunk.offset, chunk.length)
         if chunk_id in self._store.verified and chunk.segment not in self._unsynced:
             if self._read(chunk.segment, chunk.offset + part.start - extent.start, into) != len(into):
                 return False
             # By another way than this map's: the next read need not come here.
-            self.verified.setdefault(self._span, []).append((extent, place))
+            self._note_right((chunk_id,), extent, Run(chunk.segment, chunk.offset, chunk.length))
             return True
         if not self._buffer:
             self._buffer = memoryview(mmap.mmap(-1, CHUNK_PAGES_MAX * PAGE))
@@ -165,9 +196,30 @@ class DiskRead:
         full = self._read(chunk.segment, chunk.offset, stored) == chunk.length
         if not full or f.digest_of(stored) != chunk.digest:
             return False
-        if chunk.segment not in self._unsynced:
-            self._store.verified.add((chunk_id,))
-        self.verified.setdefault(self._span, []).append((extent, place))
+        self._note_right((chunk_id,), extent, Run(chunk.segment, chunk.offset, chunk.length))
         if len(into):
             into[:] = stored[part.start - extent.start : part.end - extent.start]
         return True
+
+
+def _together(chunks: Iterable[_Found], wanted: Extent) -> Iterator[list[_Found]]:
+    """Chunks that one read gives: wholly wanted, and side by side on the disk. All others alone."""
+    several: list[_Found] = []
+    for found in chunks:
+        _, chunk, extent = found
+        is_whole = chunk is not None and extent == extent.clamp(wanted)
+        if several and not (is_whole and _is_behind(several[-1][1], chunk)):
+            yield several
+            several = []
+        several.append(found)
+        if not is_whole:
+            yield several
+            several = []
+    if several:
+        yield several
+
+
+def _is_behind(before: f.Chunk | None, chunk: f.Chunk | None) -> bool:
+    if before is None or chunk is None:
+        return False
+    return before.segment == chunk.segment and before.offset + before.length == chunk.offset

@@ -17,6 +17,7 @@ from cachefs.store.segments import sync_folder
 LOCK, INDEX, SEGMENTS = "lock", "index", "segments"
 DATA, DATA_LOCK = "data.mdb", "lock.mdb"  # In INDEX, LMDB's own names.
 ASIDE = "aside-"  # Before the time at which something was set aside.
+LOST_FOUND = "lost+found"  # Of a filesystem's own: its root may be the store's folder.
 BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -135,7 +136,7 @@ def _require_own_part(folder: Path, part: str, *, a_folder: bool) -> None:
 
 def foreign(names: Iterable[str]) -> list[str]:
     """What no store has in its folder."""
-    return sorted(n for n in names if n not in (LOCK, INDEX, SEGMENTS) and not n.startswith(ASIDE))
+    return sorted(n for n in names if n not in (LOCK, INDEX, SEGMENTS, LOST_FOUND) and not n.startswith(ASIDE))
 
 
 def require_store(folder: Path, *, empty_will_do: bool) -> None:

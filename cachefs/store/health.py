@@ -61,8 +61,8 @@ Args = TypeVarTuple("Args")
 ERRORS_MAX, ERRORS_S = 5, 60.0
 # What does not come in this time is quicker fetched. A loaded disk with a hundred reads queued still gives it.
 READ_LIMIT_S, READ_LIMIT_DEGRADED_S = 5.0, 1.0
-# A commit may have a GiB to sync; slow disks do 50 MB/s. Landing goes to the page cache, 16 MiB at a time: while
-# it stands, memory fills with what came after it, and then readers wait for it.
+# A commit may have a GiB to sync; slow disks do 50 MB/s. Landing goes to the page cache, 16 MiB at a time, or
+# past it to the disk: while it stands, memory fills with what came after it, and then readers wait for it.
 WRITE_LIMIT_S, LANDING_LIMIT_S = 30.0, 8.0
 LANDING = "landing"
 AT_ONCE = 2

@@ -9,7 +9,7 @@ ledger, so that a failed write leaves the ledger as it was and at most some byte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -125,7 +125,7 @@ class Lander:
                 begin, entries = self._widen(old, begin, end, entries)
                 recipe = replaced(recipe, begin, sum(e.pages for e in entries), entries)
         if recipe == old:
-            return self._landed(view, span, old, {})
+            return self._landed(view, span, old, ())
         in_pieces = count < pages or old != absent_recipe(pages)
         if in_pieces and self._is_whole(recipe, plan):
             whole = self._assemble(recipe, plan)
@@ -138,7 +138,9 @@ class Lander:
         live = self._ledger.set_recipe(view, span, recipe, new, change)
         self.bytes_zero += zero
         self.bytes_shared += filled - zero - live
-        return self._landed(view, span, recipe, new)
+        if in_passing:
+            self._ledger.not_seen(new)
+        return self._landed(view, span, recipe, () if in_passing else new)
 
     def land_zeros(self, view: ViewNo, spans: Sequence[SpanNo]) -> tuple[list[Landed], list[SpanNo]]:
         """Those of `spans` of which nothing is here become holes. There may be very many: their maps are made when
@@ -160,9 +162,9 @@ class Lander:
                 landed.append(Landed(view, span, None, self._ledger.views[view].cached))
         return landed, others
 
-    def _landed(self, view: ViewNo, span: SpanNo, recipe: Recipe, new: Mapping[ChunkId, Chunk]) -> Landed:
-        """What was just written is read at once: its pages are the ones that were hashed."""
-        span_map = SpanMap.of(recipe, self._ledger.chunk, lambda c: c in new or c in self._verified, used=True)
+    def _landed(self, view: ViewNo, span: SpanNo, recipe: Recipe, seen: Container[ChunkId]) -> Landed:
+        """What is `seen` was just written, and is read at once: its pages are the ones that were hashed."""
+        span_map = SpanMap.of(recipe, self._ledger.chunk, lambda c: c in seen or c in self._verified, used=True)
         return Landed(view, span, span_map, self._ledger.views[view].cached)
 
     def _is_whole(self, recipe: Recipe, plan: _Plan) -> bool:

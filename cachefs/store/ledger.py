@@ -13,7 +13,7 @@ it between the decision and the commit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -60,6 +60,7 @@ class Layer:
     recipes: dict[tuple[ViewNo, SpanNo], Recipe | None] = field(default_factory=dict)
     chunks: dict[ChunkId, Chunk | None] = field(default_factory=dict)
     digests: dict[bytes, list[ChunkId]] = field(default_factory=dict)  # Of chunks first seen in this layer.
+    unseen: set[ChunkId] = field(default_factory=set)  # Of them, those that went past the kernel's cache.
     freed: dict[ChunkId, Chunk] = field(default_factory=dict)
     segments: set[SegmentNo] = field(default_factory=set)
     views: dict[ViewNo, ViewRecord | None] = field(default_factory=dict)
@@ -74,6 +75,11 @@ class Layer:
     appended: set[SegmentNo] = field(default_factory=set)
     created_segment: bool = False
     bytes_appended: int = 0
+
+    def seen(self) -> Iterator[ChunkId]:
+        """New chunks that are in the kernel's cache as they were hashed; the others are only on the disk, and what
+        that made of them is compared when it is first read."""
+        return (chunk for ids in self.digests.values() for chunk in ids if chunk not in self.unseen)
 
     def __bool__(self) -> bool:
         return bool(
@@ -208,6 +214,10 @@ class Ledger:
             record = self.segments[number]
             self.segments[number] = record._replace(live=record.live + by)
             self.open.segments.add(number)
+
+    def not_seen(self, chunks: Iterable[ChunkId]) -> None:
+        """Nobody can have seen what the disk made of these new ones: see `Layer.seen`."""
+        self.open.unseen.update(chunks)
 
     def abandon_bytes(self, punch: Punch) -> None:
         """Bytes of a segment that were written and that no chunk will name."""

@@ -196,7 +196,7 @@ class Segments:
         if self._direct_refused:
             raise _Refused
         try:
-            flags = access | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = access | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NOATIME
             file = os.open(self.folder / segment_name(segment), flags)
         except OSError as error:  # tmpfs before Linux 6.6, for one.
             self._direct_refused = error.errno == errno.EINVAL

@@ -226,7 +226,7 @@ InThread = Callable[..., Awaitable[Any]]
 
 def _give_way() -> None:
     """The processor belongs to whoever reads: this thread takes what is left of it."""
-    with suppress(OSError):  # A sandbox may not have it.
+    with suppress(OSError):  # A sandbox may forbid it.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
@@ -614,7 +614,7 @@ class Writer:
             self._told_of_failure.append(told)  # When the readers were: see `_go_back`.
         else:
             self.commits += 1
-            self._readers.committed(chunk for ids in layer.digests.values() for chunk in ids)
+            self._readers.committed(layer.seen())
             if self._landing:  # It looks at a snapshot that may be older than this commit.
                 self._sealed_is_committed = True
             else:
