@@ -358,7 +358,7 @@ def test_debug_tasks_shows_reads_tasks_and_threads(origin: ScriptedOrigin, tmp_p
         assert any("Fetcher" in task["name"] for task in found["tasks"])
         assert any(thread["name"] == "MainThread" for thread in found["threads"])
         text = node.cli("debug", "tasks").stdout
-        assert text.startswith("1 reads wait\n")
+        assert text.startswith("1 read waits\n")
         assert f"image {A}, 4096 bytes at {MIB}" in text
         stall.release.set()
         assert read.result(60) is None

@@ -61,10 +61,10 @@ def test_what_is_pinned_or_open_is_not_evicted_and_the_rest_is(origin: ScriptedO
         assert done.returncode == 1
         assert (
             done.stderr == f"cachefs: image {A} is not evicted: it is pinned (cachefs unpin ends that)\n"
-            "cachefs: nonsense is no image id, nor the first 4 or more digits of one, nor an image's name "
+            "cachefs: 'nonsense' is no image id, nor the first 4 or more digits of one, nor an image's name "
             "(cachefs images)\n"
         )
-        assert done.stdout == f"{B}: 48.0 MiB freed\n{UNKNOWN}: 0 B freed\n"
+        assert done.stdout == f"{B}: evicted; 48.0 MiB freed\n{UNKNOWN}: was not cached\n"
         assert (cached(node, A), cached(node, B)) == (SIZE, 0)
         assert read_buffered(node.path(B), 0, 4096) == content(B, 0, 4096), "it comes again"
         # Over a restart, too.
@@ -76,7 +76,7 @@ def test_what_is_pinned_or_open_is_not_evicted_and_the_rest_is(origin: ScriptedO
         with node.path(A).open("rb"):
             assert node.cli("evict", A).stderr == f"cachefs: image {A} is not evicted: it is open (1 handle)\n"
         (row,) = told(node, "evict", A)
-        assert (row["error"], row["bytes"], row["done"]) == (None, SIZE, True)
+        assert (row["error"], row["bytes"], row["cached"], row["done"]) == (None, SIZE, SIZE, True)
         assert node.status()["evictor"]["evicted"]["asked"]["bytes"] == SIZE
     assert check(node.store).sound
 

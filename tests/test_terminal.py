@@ -161,11 +161,11 @@ def test_prefetch_shows_progress_and_a_stall(node: Node, origin: ScriptedOrigin)
         terminal.read_until(r"\d%  [\d.]+ \w+ of 8\.0 MiB", plain=True)
         terminal.read_until(r"stalled for \d+ s", plain=True)
         stall.release.set()
-        terminal.read_until("8.0 MiB are here", 60, plain=True)
+        terminal.read_until("8.0 MiB is here", 60, plain=True)
         assert terminal.end() == 0
     assert "\r\x1b[K" in terminal.said
     quiet = node.cli("prefetch", "--wait", A)
-    assert (quiet.stdout, quiet.stderr) == (f"{A}: 8.0 MiB are here\n", "")
+    assert (quiet.stdout, quiet.stderr) == (f"{A}: 8.0 MiB is here\n", "")
 
 
 @pytest.mark.mount
@@ -244,10 +244,10 @@ def test_errors_say_what_to_do(node: Node, tmp_path: Path) -> None:
     assert "openstack image show" in said
     assert str(node.socket) not in said
     assert "NoEntry" not in said
-    assert node.cli("image", "x").stderr == f"cachefs: x {UNNAMED}\n"
+    assert node.cli("image", "x").stderr == f"cachefs: 'x' {UNNAMED}\n"
     away = Node(tmp_path, "http://127.0.0.1:1")
     assert "systemctl start cachefs" in away.cli("status").stderr
-    assert node.cli("pin", "y").stderr == f"cachefs: y {UNNAMED}\n"
+    assert node.cli("pin", "y").stderr == f"cachefs: 'y' {UNNAMED}\n"
 
 
 @pytest.mark.mount
