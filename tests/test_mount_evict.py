@@ -105,3 +105,14 @@ def test_three_images_pass_through_a_store_for_one_and_a_half(origin: ScriptedOr
         fill(node, C)
         assert origin.bytes_sent == before
     assert check(node.store).sound
+
+
+def test_what_an_eviction_does_not_free_is_said_to_be_shared(tmp_path: Path) -> None:
+    size = 4 * MIB
+    twins = [OriginImage(image, None, size, pattern(size)) for image in (A, B)]
+    with ScriptedOrigin(twins) as origin, Node(tmp_path, origin.url) as node:
+        assert node.cli("prefetch", "--wait", A, B).returncode == 0
+        rest = ", the rest of 4.0 MiB is zeros or shared with other images"
+        assert node.cli("evict", A).stdout == f"{A}: evicted; 0 B freed{rest}\n"
+        assert node.cli("evict", A).stdout == f"{A}: was not cached\n"
+        assert node.cli("evict", B).stdout == f"{B}: evicted; 4.0 MiB freed\n"
