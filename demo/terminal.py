@@ -67,7 +67,7 @@ class Terminal:
     def show(self, text: str) -> None:
         """Lines as they are: a configuration, commands to copy."""
         for line in textwrap.dedent(text).strip().splitlines():
-            self.line(_INDENT + line)
+            self.line((_INDENT + line).rstrip())
 
     # ── commands and what comes of them ──
 
