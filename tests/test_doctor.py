@@ -314,7 +314,7 @@ def test_doctor_says_what_the_store_may_hold_on_the_disk_as_it_is(
     def of_filesystem(path: object) -> SimpleNamespace:
         return SimpleNamespace(f_frsize=block, f_blocks=(100 << 30) // block, f_bavail=(30 << 30) // block)
 
-    monkeypatch.setattr(doctor.os, "statvfs", of_filesystem)
+    monkeypatch.setattr(os, "statvfs", of_filesystem)
     node = Node(tmp_path, "http://127.0.0.1:1", store={"max_size": "80G", "min_free": "10G"})
     (node.store / "segments").mkdir(parents=True)
     (node.store / "segments" / "a").write_bytes(bytes(2 * MIB))
