@@ -103,7 +103,7 @@ def _scrub_words(scrub: Mapping[str, Any]) -> str:
     if scrub["ended"]:
         words += f"; the last ended {time.strftime('%Y-%m-%d %H:%M', time.localtime(scrub['ended']))}"
     if scrub["rotten"] or scrub["lost"]:
-        words += f"; {scrub['rotten']} chunks rotten, {scrub['lost']} spans lost"
+        words += f"; {counted(scrub['rotten'], 'chunk')} rotten, {counted(scrub['lost'], 'span')} lost"
     return words
 
 
@@ -218,6 +218,8 @@ def _day(at_s: float | None) -> str | None:
 def _plain(value: object) -> object:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".")
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cachefs import __version__, answers, asking, waiting
 from cachefs.errors import CachefsError, ConfigError, Refused
 from cachefs.shown import columns_of, is_terminal, print_json, print_rows, print_table
-from cachefs.words import printable, size
+from cachefs.words import counted, printable, size
 
 if TYPE_CHECKING:
     from cachefs.store.check import Finding
@@ -37,7 +37,7 @@ _ID = "21dced0f-d203-4786-9b93-710d2b98aae0"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status."""
-    arguments = parser().parse_args(argv)
+    arguments = parsed(argv)
     try:
         status = int(arguments.run(arguments))
         sys.stdout.flush()  # Here, where a full disk can still be said.
@@ -54,6 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return 128 + 2
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for. A word that no command takes is the subcommand's to refuse: it shows its own usage."""
+    arguments, unknown = parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return arguments
 
 
 def _say(what: object) -> None:
@@ -135,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
         "import", _trace_import, "take the traces of such a file, in place of what was known",
         "trace import boots.traces", into=trace,
     )  # fmt: skip
-    imported.add_argument("file", metavar="FILE", help="- for standard input")
+    imported.add_argument("file", metavar="FILE", help="a file, or - for standard input")
 
     config = _group(commands, "config", "show or check the configuration")
     add(
@@ -175,7 +183,7 @@ def _add(
         epilog=f"Example:\n  cachefs {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     if config:
         command.add_argument("--config-file", action="append", default=[], metavar="PATH", help="may be repeated")
         command.add_argument("--config-dir", action="append", default=[], metavar="PATH", help="all *.conf in it")
@@ -192,9 +200,12 @@ def _group(
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0.1 <= value <= 3600:
-        raise argparse.ArgumentTypeError("from 0.1 to 3600 seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 3600")
     return value
 
 
@@ -208,7 +219,14 @@ def _mount(arguments: argparse.Namespace) -> int:
     gc.enable()
 
     overrides = {"mount/mountpoint": os.path.abspath(arguments.mountpoint)} if arguments.mountpoint else {}
-    loaded = config.load(arguments.config_file, arguments.config_dir, overrides)
+    try:
+        loaded = config.load(arguments.config_file, arguments.config_dir, overrides)
+    except ConfigError as error:
+        others = len(config.check(arguments.config_file, arguments.config_dir, overrides)) - 1
+        if others > 0:
+            more = f"{counted(others, 'more fault')}: `cachefs config check` names them all"
+            raise ConfigError(error.option, f"{error.reason}; and {more}") from error
+        raise
     loaded.log.start()
     daemon.run(loaded)
     return DONE
@@ -277,11 +295,16 @@ def _glance(ask: Ask) -> dict[str, Any]:
 def _image(arguments: argparse.Namespace) -> int:
     ask = _asker(arguments)
     meant, unclear = _meant(ask, [arguments.id])
-    if unclear:
-        raise Refused(unclear[0]["error"])
-    found = ask("image", image=meant[0])
+    try:
+        if unclear:
+            raise Refused(unclear[0]["error"])
+        found = ask("image", image=meant[0])
+    except Refused as refused:
+        if arguments.json:  # As pin and the like have it.
+            _print_json({"id": arguments.id, "error": str(refused)})
+        raise
     if arguments.json:
-        return _print_json(found)
+        return _print_json({**found, "error": None})
     print_rows(answers.image_rows(found))
     return DONE
 
@@ -306,7 +329,13 @@ def _unpin(arguments: argparse.Namespace) -> int:
 
 def _evict(arguments: argparse.Namespace) -> int:
     def said(row: dict[str, Any]) -> str:
-        return f"{size(row['bytes'])} freed" + ("" if row["done"] else " so far; it goes on")
+        if not row["done"]:
+            return f"{size(row['bytes'])} freed so far; it goes on"
+        if not row["spans"]:
+            return "was not cached"
+        cached = row.get("cached", 0)  # Not of a daemon that was not restarted since this command was installed.
+        rest = f", the rest of {size(cached)} is zeros or shared with other images"
+        return f"evicted; {size(row['bytes'])} freed" + (rest if row["bytes"] < cached else "")
 
     return _tell(arguments, "evict", said, **({"touched": True} if arguments.touched else {}))
 
@@ -348,11 +377,15 @@ def _show_told(
 
 def _prefetch(arguments: argparse.Namespace) -> int:
     if not arguments.wait:
-        return _tell(arguments, "prefetch", lambda row: f"{size(row['cached'])} of {size(row['size'])} are here")
+        return _tell(arguments, "prefetch", lambda row: f"{size(row['cached'])} of {size(row['size'])} is here")
     ask = _asker(arguments)
     meant, unclear = _meant(ask, arguments.ids)
-    rows = waiting.prefetched(ask, meant, quiet=arguments.json) if meant else []
-    return _show_told(arguments, [*rows, *unclear], lambda row: f"{size(row['size'])} are here")
+    try:
+        rows = waiting.prefetched(ask, meant, quiet=arguments.json) if meant else []
+    except KeyboardInterrupt:
+        _say(f"it goes on in the daemon; `cachefs evict {' '.join(meant)}` ends it, and drops what is here")
+        raise
+    return _show_told(arguments, [*rows, *unclear], lambda row: f"{size(row['size'])} is here")
 
 
 def _precache(arguments: argparse.Namespace) -> int:
@@ -376,20 +409,29 @@ def _show_precache(found: Mapping[str, Any]) -> None:
     if found["rows_left_out"]:
         print(f"and {found['rows_left_out']} more")
     print(
-        f"{found['held_images']} images held: {size(found['held_bytes'])} of the {size(found['share'])} that "
-        f"they may; {size(found['cost'])} to fetch" + ("; nothing was done" if found["dry_run"] else "")
+        f"{counted(found['held_images'], 'image')} held: {size(found['held_bytes'])} of the "
+        f"{size(found['share'])} that they may; {size(found['cost'])} to fetch"
+        + ("; nothing was done" if found["dry_run"] else "")
     )
 
 
 def _scrub(arguments: argparse.Namespace) -> int:
     if not arguments.wait:
         started = _ask(arguments, "scrub")
-        return _print_json(started) if arguments.json else DONE
+        if arguments.json:
+            return _print_json(started)
+        print("a scrub is running already" if started.get("was_running") else "a scrub has begun", end="")
+        print(" (cachefs status shows it)")
+        return DONE
     try:
         last = waiting.scrubbed(_asker(arguments), quiet=arguments.json)
     except CachefsError as error:
         _say(error)
         return UNFINISHED
+    except KeyboardInterrupt:
+        words = "it goes on in the daemon (cachefs status shows it) until all is compared"
+        _say(f"{words}; a restart of the daemon only interrupts it")
+        raise
     if last is None:
         _say("the scrub did not come to an end; the daemon's log says why")
         return UNFINISHED
@@ -399,9 +441,9 @@ def _scrub(arguments: argparse.Namespace) -> int:
         for fault in last["faults"]:
             print(f"damaged index: {fault}")
         print(
-            f"{size(last['bytes_verified'])} verified: {last['rotten']} chunks rotten, {last['healed']} spans to "
-            f"be fetched again, {last['waiting']} when Glance is back, {last['lost']} lost, "
-            f"{last['faults_in_all']} faults of the index"
+            f"{size(last['bytes_verified'])} verified: {counted(last['rotten'], 'chunk')} rotten, "
+            f"{counted(last['healed'], 'span')} to be fetched again, {last['waiting']} when Glance is back, "
+            f"{last['lost']} lost, {counted(last['faults_in_all'], 'fault')} of the index"
         )
     return int(last["exit_status"])
 
@@ -428,7 +470,7 @@ def _trace_export(arguments: argparse.Namespace) -> int:
     from cachefs import trace_cli
 
     if arguments.output == "-" and sys.stdout.isatty():
-        _say("the file is none to look at: name it with -o")
+        _say("a trace is no text: name a file with -o")
         return FAILED
     ask = _asker(arguments)
     meant, unclear = _meant(ask, arguments.ids) if arguments.ids else ([], [])
@@ -446,7 +488,7 @@ def _trace_export(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
     else:
         trace_cli.write(arguments.output, data)
-        print(f"{count} boot traces, {size(len(data))}")
+        print(f"{counted(count, 'boot trace')}, {size(len(data))}")
     return FAILED if lacking else DONE
 
 
@@ -456,7 +498,7 @@ def _trace_import(arguments: argparse.Namespace) -> int:
     found = trace_cli.imported(_asker(arguments), trace_cli.read(arguments.file))
     if arguments.json:
         return _print_json({"imported": len(found), "contents": [named.content for named in found]})
-    print(f"{len(found)} boot traces imported")
+    print(f"{counted(len(found), 'boot trace')} imported")
     return DONE
 
 
@@ -538,7 +580,10 @@ def _checked(arguments: argparse.Namespace) -> int:
         print(f"and {report.unlisted} more")
     if repaired is not None:
         print(f"repair: {repaired}")
-    print(f"{outcome}: {report.spans} spans, {report.chunks} chunks, {size(report.bytes_verified)} verified")
+    print(
+        f"{outcome}: {counted(report.spans, 'span')}, {counted(report.chunks, 'chunk')}, "
+        f"{size(report.bytes_verified)} verified"
+    )
     return status
 
 

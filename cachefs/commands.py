@@ -81,15 +81,15 @@ class Commands:
         return await self._each(request, self._unpin)
 
     async def evict(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """`spans` and `bytes` that went, and whether that is all (`done`) or the rest goes on in the
-        background. With `touched`, leases by touch end first, where nothing else leases the image."""
+        """`spans` and `bytes` that went, how much was `cached`, and whether that is all (`done`) or the rest goes
+        on in the background. With `touched`, leases by touch end first, where nothing else leases the image."""
         answers: list[dict[str, Any]] = []
         begun: dict[int, Asked] = {}
         images = _images(request)
         with trio.move_on_after(SETTLE_MAX_S):
             await self._leases.look()  # A disk may have been made since.
         for at, image in enumerate(images):
-            answers.append({"id": image, "error": None, "spans": 0, "bytes": 0, "done": False})
+            answers.append({"id": image, "error": None, "spans": 0, "bytes": 0, "cached": 0, "done": False})
             try:
                 if request.get("touched"):
                     self._leases.end_touches(_image(image))
@@ -102,7 +102,8 @@ class Commands:
         for at, asked in begun.items():
             failed = asked.error is not None
             answers[at]["error"] = str(asked.error) if failed else None
-            answers[at].update(spans=asked.spans, bytes=asked.bytes, done=asked.done.is_set() and not failed)
+            answers[at].update(spans=asked.spans, bytes=asked.bytes, cached=asked.cached)
+            answers[at]["done"] = asked.done.is_set() and not failed
         return answers
 
     async def _each(
@@ -137,4 +138,4 @@ def _image(text: str) -> str:
     try:
         return str(UUID(text))
     except ValueError:
-        raise NoEntry(f"{text} is no image id") from None
+        raise NoEntry(f"{text!r} is no image id") from None

@@ -181,8 +181,11 @@ def _read(
         return None, faults
     reading = Reading(paths, lines, overrides)
     reading.refuse([*_contradictions(reading.conf), *auth.validate(reading.conf)])
-    if not paths and reading.faults:  # They all are one: nobody has said anything yet.
-        reading.faults.insert(0, ConfigError(asking.DEFAULT_FILE, NO_FILE))
+    if not paths and reading.faults:  # What is missing is one fault: nobody has said anything yet.
+        said = [
+            fault for fault in reading.faults if fault.reason.startswith(("environment: ", "given at the start: "))
+        ]
+        reading.faults[:] = [ConfigError(asking.DEFAULT_FILE, NO_FILE), *said]
     return None if reading.faults else _config(reading.conf), reading.faults
 
 

@@ -28,7 +28,8 @@ from cachefs.hiding import Hiding, cloud_files
 from cachefs.options import plain_options
 from cachefs.shown import BOLD, STATE_COLOURS, coloured, columns_of, is_terminal
 from cachefs.sources.reasons import in_words
-from cachefs.words import padded, printable, size, wrapped
+from cachefs.store.folder import SEGMENTS
+from cachefs.words import counted, padded, printable, size, wrapped
 
 if TYPE_CHECKING:
     import requests
@@ -39,6 +40,8 @@ OK, WARNING, PROBLEM = "ok", "warning", "problem"
 KERNEL_MIN: Final = (4, 18)  # The first in which an account other than root may mount in a namespace of its own.
 CLOCK_DOUBT_S, CLOCK_WRONG_S = 5.0, 60.0
 RANGE_BYTES: Final = 4096
+# Below this part of max_size, somebody counts on room that is not there.
+REACHED_SHARE: Final = 0.5
 WHY_MAX: Final = 2000  # Somebody may answer with a book.
 # Filesystems that other nodes have, too: the store's lock, its holes and its mapped index are for local ones.
 _SHARED = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "9p", "lustre"}
@@ -174,7 +177,7 @@ def show(found: Sequence[Finding]) -> None:
             if line:
                 print(f"{'':{indent}}{line}")
     counts = as_fields(found)["counts"]
-    words = f"{counts[PROBLEM]} problems, {counts[WARNING]} warnings"
+    words = f"{counted(counts[PROBLEM], 'problem')}, {counted(counts[WARNING], 'warning')}"
     print(coloured(words, BOLD, sys.stdout))
 
 
@@ -354,7 +357,13 @@ def _store(config: Config) -> Findings:
     space = os.statvfs(there)
     total, free = space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
     most, least = config.store.max_size.of(total), config.store.min_free.of(total)
-    words = f"up to {size(most)} of a filesystem of {size(total)}, of which {size(free)} are free"
+    used = _bytes_of(Path(path) / SEGMENTS)
+    now = most if used is None else min(most, max(used + free - least, 0))
+    bounds = f"max_size {size(most)}, min_free {size(least)}"
+    if used is None:  # This account may not look into it.
+        words = f"{bounds}; {size(free)} are free"
+    else:
+        words = f"the store may hold {size(now)} now ({bounds}; it has {size(used)}, and {size(free)} are free)"
     if most > total:
         yield warning("space", f"max_size is {size(most)}, and the filesystem has {size(total)}", "lower max_size")
     elif free <= least:
@@ -364,6 +373,11 @@ def _store(config: Config) -> Findings:
         )  # fmt: skip
     elif most < config_doubts.SMALL_STORE:
         yield warning("space", f"{words}: less than most images have", "raise max_size")
+    elif now < most * REACHED_SHARE:
+        yield warning(
+            "space", f"{words}: max_size cannot be reached by far",
+            "make room on that filesystem, or lower max_size to what it is to have",
+        )  # fmt: skip
     else:
         yield ok("space", words)
     kind = _filesystem_of(there)
@@ -373,6 +387,16 @@ def _store(config: Config) -> Findings:
         )
     elif kind in ("tmpfs", "ramfs"):
         yield warning("space", f"{there} lies on {kind}: it is lost with each reboot", "use a local disk")
+
+
+def _bytes_of(folder: Path) -> int | None:
+    """What the files of a folder take on the disk; None where it cannot be looked into."""
+    try:
+        return sum(file.stat().st_blocks * 512 for file in os.scandir(folder))
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return None
 
 
 def _unmade_store(path: str, parent: Path) -> Findings:
@@ -476,7 +500,7 @@ def _endpoint(session: Session, url: str, *, tries_bytes: bool) -> Findings:
         yield problem("Glance", f"{url}: what answers there is no Glance", "see to endpoints, and to proxies")
         return
     except Exception as error:  # noqa: BLE001
-        yield problem("Glance", f"{url}: {_why(error)}", "see to the network, the URL and its certificate")
+        yield problem("Glance", _at(url, _why(error)), "see to the network, the URL and its certificate")
         return
     if images is None:
         words = f"{url}: the listing was answered with {answer.status_code} {answer.reason}"
@@ -546,6 +570,12 @@ def _get(session: Session, url: str, path: str, headers: dict[str, str]) -> requ
         path, headers=headers, endpoint_override=url, raise_exc=False, redirect=False, stream=True,
     )  # fmt: skip
     return answer
+
+
+def _at(url: str, why: str) -> str:
+    """Whichever of them says where it was, it is said once."""
+    where, _, what = why.partition(": ")
+    return f"{url}: {what if what and where and url.startswith(where) else why}"
 
 
 def _why(error: Exception) -> str:

@@ -98,9 +98,11 @@ class Evicted:
 
 @dataclass(eq=False)
 class Asked(Evicted):
-    """One image that somebody wants dropped. `done` is set when it is, or could not be (`error`)."""
+    """One image that somebody wants dropped. `done` is set when it is, or could not be (`error`). `cached`: how
+    much of it was here; what is shared with others, or zeros, gives nothing back."""
 
     image: str = ""
+    cached: int = 0
     done: trio.Event = field(default_factory=trio.Event)
     error: CachefsError | None = None
 
@@ -369,6 +371,7 @@ class Evictor:
             await self._uses.reconcile()
             self._uses.look()
             views = self._views_of(asked.image)
+            asked.cached = sum(view.cached for view in views)
             spans = [(view.number, span) for view in views for span in self._uses.spans(view.number)]
             for at in range(0, len(spans), SLICE_SPANS):
                 self._refuse_leased(asked.image)

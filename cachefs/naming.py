@@ -44,7 +44,7 @@ def meant(text: str, images: Iterable[NamedImage]) -> str:
     ]
     if not found:
         raise NoEntry(
-            f"{text} is no image id, nor the first {DIGITS_MIN} or more digits of one, nor an image's name "
+            f"{text!r} is no image id, nor the first {DIGITS_MIN} or more digits of one, nor an image's name "
             "(cachefs images)"
         )
     if len(found) > 1:

@@ -24,6 +24,7 @@ from cachefs.config_files import files_read
 from cachefs.errors import CachefsError, Refused
 from cachefs.hiding import Hiding, cloud_files
 from cachefs.options import plain_options
+from cachefs.words import counted
 
 LOG_BYTES = 256 << 10
 PART_BYTES_MAX = 4 << 20
@@ -193,15 +194,16 @@ def tasks_text(found: Mapping[str, Any]) -> str:
 
 
 def _tasks_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{len(found['reads'])} reads wait"
+    waiting = len(found["reads"])
+    yield "1 read waits" if waiting == 1 else f"{waiting} reads wait"
     for read in found["reads"]:
         yield f"  {read['waiting']:8.1f} s  image {read['image']}, {read['length']} bytes at {read['offset']}"
-    yield f"\n{found['tasks_in_all']} tasks"
+    yield f"\n{counted(found['tasks_in_all'], 'task')}"
     for task in found["tasks"]:
         indent = "  " * (task["depth"] + 1)
         yield f"{indent}{task['name']}" + (f" ({task['times']} times)" if task["times"] > 1 else "")
         yield from (f"{indent}    {line}" for line in task["stack"])
-    yield f"\n{len(found['threads'])} threads"
+    yield f"\n{counted(len(found['threads']), 'thread')}"
     for thread in found["threads"]:
         yield f"  {thread['name']}"
         yield from (f"      {line}" for line in thread["stack"])

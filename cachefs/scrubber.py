@@ -207,7 +207,7 @@ class Scrubber:
         return {"scrub": self._answer_scrub, "scrub-status": self._answer_status}
 
     async def _answer_scrub(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return {"run": self.start()}
+        return {"was_running": self._run is not None or self._asked, "run": self.start()}
 
     async def _answer_status(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return self.status()

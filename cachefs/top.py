@@ -193,7 +193,8 @@ def _head(now: Look, before: Look | None) -> list[str]:
     words.append(f"reads    {asked} since the start, {_share(reads['hits'], asked)} hits{recent}")
     speed = rate(per_s.fetched) if per_s is not None else size(fetcher["bytes_fetched"]) + " in all"
     kinds = ", ".join(f"{n} {kind}" for kind, n in fetcher["flights_by_priority"].items() if n) or "none"
-    words.append(f"Glance   {speed}; flights: {kinds}; {fetcher['queued']} queued; {fetcher['failures']} failures")
+    failures = counted(fetcher["failures"], "failure")
+    words.append(f"Glance   {speed}; flights: {kinds}; {fetcher['queued']} queued; {failures}")
     used = f"{size(store['bytes_on_disk'])} of {size(store['bytes_limit'])}"
     words.append(f"store    {size(store['bytes_cached'])} of images in {used}; {evictor['pinned_images']} pinned")
     if hydration["images"]:

@@ -50,6 +50,9 @@ def main() -> int:
         status, left = 128 + ended.number, stage.strike()
     for what in left:
         terminal.fail(f"left behind: {what}")
+    if keep and not left:
+        terminal.line()
+        terminal.line("It has ended, and nothing is left.")
     return status or (1 if left else 0)
 
 

@@ -67,13 +67,14 @@ class Terminal:
     def show(self, text: str) -> None:
         """Lines as they are: a configuration, commands to copy."""
         for line in textwrap.dedent(text).strip().splitlines():
-            self.line(_INDENT + line)
+            self.line((_INDENT + line).rstrip())
 
     # ── commands and what comes of them ──
 
-    def command(self, arguments: Sequence[str]) -> None:
+    def command(self, *pipe: Sequence[str]) -> None:
+        """A command; of several, what each prints goes to the next."""
         self.line()
-        self.line(self.paint("  $ ", DIM) + self.paint(as_typed(arguments), CYAN))
+        self.line(self.paint("  $ ", DIM) + self.paint(" | ".join(map(as_typed, pipe)), CYAN))
 
     def output(self, text: str, lines_max: int = 20) -> None:
         lines = text.rstrip().splitlines()

@@ -180,6 +180,7 @@ def _operand(action: argparse.Action) -> str:
 
 def _sentence(text: str | None) -> str:
     said = _plain(text or "")
+    said = re.sub(r"^([-+#>]|\d+(?=[.)]))", r"\\\1", said)  # Else it would begin a list, a heading, a quotation.
     return said[:1].upper() + said[1:] + "."
 
 

@@ -128,9 +128,9 @@ def test_a_store_in_use_is_not_looked_at(folder: Path) -> None:
 
 
 def test_what_is_no_store_is_not_touched(tmp_path: Path) -> None:
-    with pytest.raises(StoreUnusable, match="cannot be used"):
+    with pytest.raises(StoreUnusable, match="there is no store there yet"):
         check(tmp_path / "nothing")
-    with pytest.raises(StoreFormat, match="not a cachefs store"):
+    with pytest.raises(StoreFormat, match="there is no store there yet"):
         check(tmp_path)
     assert os.listdir(tmp_path) == []
 

@@ -267,7 +267,11 @@ def test_the_manual_pages_are_made_and_can_be_shown(tmp_path: Path) -> None:
     made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert (made.returncode, made.stderr) == (0, "")
     for page, words in {
-        "cachefs.8": ["cachefs prefetch [--wait] [--json] ID...", "EXIT STATUS"],
+        "cachefs.8": [
+            "cachefs prefetch [--wait] [--json] ID...",
+            "FILE A file, or - for standard input.",
+            "EXIT STATUS",
+        ],
         "cachefs.conf.5": ["[store]", "max_size = 80%"],
         "mount.cachefs.8": ["mount -t cachefs", "fstab(5)"],
     }.items():
@@ -276,6 +280,7 @@ def test_the_manual_pages_are_made_and_can_be_shown(tmp_path: Path) -> None:
             capture_output=True, text=True, check=True, timeout=60,
         )  # fmt: skip
         assert shown.stderr == ""
+        assert "**" not in shown.stdout, page
         for word in words:
             assert word in " ".join(shown.stdout.split()), page
 

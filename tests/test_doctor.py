@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
 
+from cachefs import config as configuration
 from cachefs import doctor, limited
 from cachefs.config_sample import sample
 from cachefs.hiding import HIDDEN, Hiding
@@ -167,7 +169,7 @@ def state(found: dict[str, list[dict[str, Any]]], check: str) -> str:
 
 @pytest.mark.mount
 def test_doctor_of_a_node_that_is_well_and_of_one_that_died(origin: ScriptedOrigin, tmp_path: Path) -> None:
-    node = Node(tmp_path, origin.url)
+    node = Node(tmp_path, origin.url, store={"max_size": "2G"})
     before = examined(node, status=0)
     assert state(before, "daemon") == "warning"
     assert not node.store.exists(), "it changes nothing"
@@ -290,6 +292,47 @@ def test_doctor_tries_credentials_and_says_no_secret(tmp_path: Path) -> None:
     assert state(found, "configuration") == "warning", "mode 0644"
 
 
+@pytest.mark.parametrize(
+    ("url", "why", "said"),
+    [
+        ("http://x:1", "http://x:1: connection refused", "http://x:1: connection refused"),
+        ("http://x:1/image", "http://x:1: no TLS: odd", "http://x:1/image: no TLS: odd"),
+        ("http://x:1", "http://proxy:2: connection refused", "http://x:1: http://proxy:2: connection refused"),
+        ("http://x:1", "nobody knows", "http://x:1: nobody knows"),
+    ],
+)
+def test_where_something_failed_is_said_once(url: str, why: str, said: str) -> None:
+    assert doctor._at(url, why) == said
+
+
+def test_doctor_says_what_the_store_may_hold_on_the_disk_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filesystem of 100 GiB of which 30 are free; 2 MiB are the store's own."""
+    block = 4096
+
+    def of_filesystem(path: object) -> SimpleNamespace:
+        return SimpleNamespace(f_frsize=block, f_blocks=(100 << 30) // block, f_bavail=(30 << 30) // block)
+
+    monkeypatch.setattr(os, "statvfs", of_filesystem)
+    node = Node(tmp_path, "http://127.0.0.1:1", store={"max_size": "80G", "min_free": "10G"})
+    (node.store / "segments").mkdir(parents=True)
+    (node.store / "segments" / "a").write_bytes(bytes(2 * MIB))
+    os.sync()
+
+    def space() -> doctor.Finding:
+        found = doctor._store(configuration.load([str(node.config_file)], [], {}))
+        return next(one for one in found if one.check == "space")
+
+    assert (space().state, "may hold 20.0 GiB now (max_size 80.0 GiB" in space().found) == ("warning", True)
+    assert "max_size cannot be reached by far" in space().found
+    assert "it has 2.0 MiB, and 30.0 GiB are free" in space().found
+    node.configure(store={"max_size": "30G"})
+    assert (space().state, "may hold 20.0 GiB now" in space().found) == ("ok", True)
+    node.configure(store={"max_size": "10G"})
+    assert (space().state, "may hold 10.0 GiB now" in space().found) == ("ok", True)
+
+
 def test_clocks_that_differ() -> None:
     (far,) = doctor._clock("Thu, 01 Jan 2026 00:00:00 GMT")
     assert (far.state, "chrony" in far.mend) == ("problem", True)
@@ -358,7 +401,7 @@ def test_debug_tasks_shows_reads_tasks_and_threads(origin: ScriptedOrigin, tmp_p
         assert any("Fetcher" in task["name"] for task in found["tasks"])
         assert any(thread["name"] == "MainThread" for thread in found["threads"])
         text = node.cli("debug", "tasks").stdout
-        assert text.startswith("1 reads wait\n")
+        assert text.startswith("1 read waits\n")
         assert f"image {A}, 4096 bytes at {MIB}" in text
         stall.release.set()
         assert read.result(60) is None

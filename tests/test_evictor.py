@@ -565,7 +565,7 @@ async def test_images_are_pinned_unpinned_and_evicted_each_with_its_own_answer()
         assert flushes == [1], "what is answered is durable"
         evicted = await handlers["evict"]({"images": [A, B, "nonsense"]})
         assert evicted[0]["error"] == f"image {A} is not evicted: it is pinned (cachefs unpin ends that)"
-        assert evicted[1] == {"id": B, "error": None, "spans": 1, "bytes": MIB, "done": True}
+        assert evicted[1] == {"id": B, "error": None, "spans": 1, "bytes": MIB, "cached": MIB, "done": True}
         assert "no image id" in evicted[2]["error"]
         unpinned = await handlers["unpin"]({"images": [A, A, B]})
         assert [(row["id"], row["was_pinned"]) for row in unpinned] == [(A, True), (B, False)]

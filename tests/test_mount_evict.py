@@ -61,10 +61,10 @@ def test_what_is_pinned_or_open_is_not_evicted_and_the_rest_is(origin: ScriptedO
         assert done.returncode == 1
         assert (
             done.stderr == f"cachefs: image {A} is not evicted: it is pinned (cachefs unpin ends that)\n"
-            "cachefs: nonsense is no image id, nor the first 4 or more digits of one, nor an image's name "
+            "cachefs: 'nonsense' is no image id, nor the first 4 or more digits of one, nor an image's name "
             "(cachefs images)\n"
         )
-        assert done.stdout == f"{B}: 48.0 MiB freed\n{UNKNOWN}: 0 B freed\n"
+        assert done.stdout == f"{B}: evicted; 48.0 MiB freed\n{UNKNOWN}: was not cached\n"
         assert (cached(node, A), cached(node, B)) == (SIZE, 0)
         assert read_buffered(node.path(B), 0, 4096) == content(B, 0, 4096), "it comes again"
         # Over a restart, too.
@@ -76,7 +76,7 @@ def test_what_is_pinned_or_open_is_not_evicted_and_the_rest_is(origin: ScriptedO
         with node.path(A).open("rb"):
             assert node.cli("evict", A).stderr == f"cachefs: image {A} is not evicted: it is open (1 handle)\n"
         (row,) = told(node, "evict", A)
-        assert (row["error"], row["bytes"], row["done"]) == (None, SIZE, True)
+        assert (row["error"], row["bytes"], row["cached"], row["done"]) == (None, SIZE, SIZE, True)
         assert node.status()["evictor"]["evicted"]["asked"]["bytes"] == SIZE
     assert check(node.store).sound
 
@@ -105,3 +105,14 @@ def test_three_images_pass_through_a_store_for_one_and_a_half(origin: ScriptedOr
         fill(node, C)
         assert origin.bytes_sent == before
     assert check(node.store).sound
+
+
+def test_what_an_eviction_does_not_free_is_said_to_be_shared(tmp_path: Path) -> None:
+    size = 4 * MIB
+    twins = [OriginImage(image, None, size, pattern(size)) for image in (A, B)]
+    with ScriptedOrigin(twins) as origin, Node(tmp_path, origin.url) as node:
+        assert node.cli("prefetch", "--wait", A, B).returncode == 0
+        rest = ", the rest of 4.0 MiB is zeros or shared with other images"
+        assert node.cli("evict", A).stdout == f"{A}: evicted; 0 B freed{rest}\n"
+        assert node.cli("evict", A).stdout == f"{A}: was not cached\n"
+        assert node.cli("evict", B).stdout == f"{B}: evicted; 4.0 MiB freed\n"

@@ -108,7 +108,7 @@ def test_a_touch_sets_the_times_of_one_file_and_is_a_lease(origin: ScriptedOrigi
         node.configure(leases={"touch_grace": 0})
         node.start()
         assert (times(path), times(disk), times(big)) == shown
-        assert node.cli("evict", A).stdout == f"{A}: 4.0 MiB freed\n"
+        assert node.cli("evict", A).stdout == f"{A}: evicted; 4.0 MiB freed\n"
         os.utime(path)
         assert node.cli("evict", A).returncode == 0, "times are taken, and are no lease"
     assert check(node.store).sound
@@ -123,7 +123,7 @@ def test_a_lease_by_touch_can_be_ended(origin: ScriptedOrigin, tmp_path: Path) -
         with path.open("rb"):
             assert "it is open" in node.cli("evict", "--touched", A).stderr
         assert node.cli("evict", A).returncode == 1, "what is leased otherwise keeps its touch"
-        assert node.cli("evict", "--touched", A).stdout == f"{A}: 4.0 MiB freed\n"
+        assert node.cli("evict", "--touched", A).stdout == f"{A}: evicted; 4.0 MiB freed\n"
         assert reasons(node, A) == []
         node.stop()
         node.start()
@@ -166,7 +166,7 @@ def test_the_base_of_a_stopped_instance_outlives_everything(origin: ScriptedOrig
         disk_on(second, nova / "two" / "snapshot", "-F", "qcow2")
         # Made a moment ago: who wants to evict has them looked at first.
         done = node.cli("evict", A, B, C)
-        assert done.stdout == f"{C}: 4.0 MiB freed\n"
+        assert done.stdout == f"{C}: evicted; 4.0 MiB freed\n"
         assert done.stderr == (
             f"cachefs: image {A} is not evicted: it is named by an instance disk ({first})\n"
             f"cachefs: image {B} is not evicted: it is named by an instance disk ({second})\n"

@@ -76,7 +76,7 @@ def test_prefetch_brings_what_nobody_has_open(tmp_path: Path) -> None:
     with ScriptedOrigin(an_image(image) for image in IMAGES) as origin, Node(tmp_path, origin.url) as node:
         done = node.cli("prefetch", "--wait", IMAGES[1], IMAGES[2])
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == f"{IMAGES[1]}: 24.0 MiB are here\n{IMAGES[2]}: 24.0 MiB are here\n"
+        assert done.stdout == f"{IMAGES[1]}: 24.0 MiB is here\n{IMAGES[2]}: 24.0 MiB is here\n"
         assert [state(node, image) for image in IMAGES] == ["absent", "complete", "complete"], "without a hash"
         assert origin.bytes_sent <= 2 * SIZE * 1.02
         refused = node.cli("prefetch", "80000000-0000-4000-8000-00000000dead")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,11 @@ SOUND: dict[str, Any] = {
 class Daemon:
     """Answers as a scrubber whose run 4 ends when it was asked for the second time."""
 
-    def __init__(self, last: dict[str, Any] | None) -> None:
-        self.last, self.asked = last, 0
+    def __init__(self, last: dict[str, Any] | None, *, was_running: bool = False) -> None:
+        self.last, self.asked, self.was_running = last, 0, was_running
 
     async def scrub(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return {"run": 4}
+        return {"run": 4, "was_running": self.was_running}
 
     async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
         self.asked += 1
@@ -64,9 +65,22 @@ def test_without_waiting_it_only_begins(tmp_path: Path, capsys: pytest.CaptureFi
     daemon = Daemon(SOUND)
     assert run(tmp_path, daemon) == 0
     assert daemon.asked == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "a scrub has begun (cachefs status shows it)\n"
+    assert run(tmp_path, Daemon(SOUND, was_running=True)) == 0
+    assert capsys.readouterr().out == "a scrub is running already (cachefs status shows it)\n"
     assert run(tmp_path, daemon, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"json_format": 1, "run": 4}
+    assert json.loads(capsys.readouterr().out) == {"json_format": 1, "run": 4, "was_running": False}
+
+
+def test_who_stops_waiting_is_told_that_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    assert run(tmp_path, Daemon(SOUND), "--wait") == 130
+    assert "it goes on in the daemon" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("found", [0, 1, 2])
@@ -76,7 +90,8 @@ def test_waiting_gives_what_was_found_as_exit_status(
     last = SOUND | {"exit_status": found, "rotten": found}
     assert run(tmp_path, Daemon(last), "--wait") == found
     out = capsys.readouterr()
-    assert out.out.startswith(f"3.0 MiB verified: {found} chunks rotten")
+    chunks = "1 chunk" if found == 1 else f"{found} chunks"
+    assert out.out.startswith(f"3.0 MiB verified: {chunks} rotten, 0 spans")
     assert out.err == ""  # No terminal, no progress.
     assert run(tmp_path, Daemon(last), "--wait", "--json") == found
     assert json.loads(capsys.readouterr().out) == last | {"json_format": 1}

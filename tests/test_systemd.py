@@ -49,9 +49,8 @@ class Host:
 
     def install(self, endpoint: str) -> None:
         write, path = self.systemd.write, self.systemd.path
-        configuration = (
-            f"[glance]\nauth_type = none\nendpoints = {endpoint}\n[metrics]\nlisten =\n[store]\nmin_free = 0\n"
-        )
+        configuration = f"[glance]\nauth_type = none\nendpoints = {endpoint}\n[metrics]\nlisten =\n"
+        configuration += "[store]\nmin_free = 0\nmax_size = 2G\n"
         write("/etc/cachefs/cachefs.conf", configuration, 0o600)
         path("/usr/bin/cachefs").symlink_to(Path(sys.executable).with_name("cachefs"))
         path("/mnt/cachefs").mkdir(parents=True, exist_ok=True)

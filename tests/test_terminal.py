@@ -161,11 +161,11 @@ def test_prefetch_shows_progress_and_a_stall(node: Node, origin: ScriptedOrigin)
         terminal.read_until(r"\d%  [\d.]+ \w+ of 8\.0 MiB", plain=True)
         terminal.read_until(r"stalled for \d+ s", plain=True)
         stall.release.set()
-        terminal.read_until("8.0 MiB are here", 60, plain=True)
+        terminal.read_until("8.0 MiB is here", 60, plain=True)
         assert terminal.end() == 0
     assert "\r\x1b[K" in terminal.said
     quiet = node.cli("prefetch", "--wait", A)
-    assert (quiet.stdout, quiet.stderr) == (f"{A}: 8.0 MiB are here\n", "")
+    assert (quiet.stdout, quiet.stderr) == (f"{A}: 8.0 MiB is here\n", "")
 
 
 @pytest.mark.mount
@@ -244,10 +244,76 @@ def test_errors_say_what_to_do(node: Node, tmp_path: Path) -> None:
     assert "openstack image show" in said
     assert str(node.socket) not in said
     assert "NoEntry" not in said
-    assert node.cli("image", "x").stderr == f"cachefs: x {UNNAMED}\n"
+    assert node.cli("image", "x").stderr == f"cachefs: 'x' {UNNAMED}\n"
     away = Node(tmp_path, "http://127.0.0.1:1")
     assert "systemctl start cachefs" in away.cli("status").stderr
-    assert node.cli("pin", "y").stderr == f"cachefs: y {UNNAMED}\n"
+    assert node.cli("pin", "y").stderr == f"cachefs: 'y' {UNNAMED}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "error"),
+    [
+        (["status", "--bogus"], "usage: cachefs status ", "unrecognized arguments: --bogus"),
+        (["debug", "tasks", "more"], "usage: cachefs debug tasks ", "unrecognized arguments: more"),
+        (["top", "--interval", "x"], "usage: cachefs top ", "'x' is not a number of seconds from 0.1 to 3600"),
+        (["nosuch"], "usage: cachefs [-h]", "invalid choice: 'nosuch'"),
+    ],
+)
+def test_a_wrong_call_shows_the_usage_of_its_command(
+    words: list[str], usage: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    said = capsys.readouterr().err
+    assert (ended.value.code, said.startswith(usage), error in said) == (2, True, True), said
+
+
+def test_a_start_says_how_many_faults_there_are_besides_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cachefs.conf"
+    for text, more in (
+        ("a = 1\nb = 1\nc = 1\n", "2 more faults"),
+        ("a = 1\nb = 1\n", "1 more fault"),
+        ("a = 1\n", ""),
+    ):
+        file.write_text(f"[glance]\nauth_type = none\nendpoints = http://127.0.0.1:1\n[store]\n{text}")
+        assert cli.main(["mount", "--config-file", str(file), str(tmp_path)]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"cachefs: store/a: {file}:5: unknown option")
+        assert (f"; and {more}: `cachefs config check` names them all" in said) is bool(more), said
+        assert said.count("\n") == 1
+
+
+def test_a_store_that_was_never_made_is_no_broken_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path, tmp_path / "nothing"):
+        tmp_path.chmod(0o700)
+        assert cli.main(["check", "--store", str(path)]) == 1
+        assert capsys.readouterr().err == f"cachefs: store {path}: there is no store there yet\n"
+
+
+@pytest.mark.mount
+def test_who_stops_waiting_for_a_prefetch_is_told_that_it_goes_on(node: Node, origin: ScriptedOrigin) -> None:
+    assert node.cli("evict", A).returncode == 0
+    stall = Stall(after=4096)
+    origin.fault(stall)
+    with on_terminal(node, "prefetch", "--wait", A) as terminal:
+        terminal.read_until(r"of 8\.0 MiB", 60, plain=True)
+        terminal.press("\x03")
+        assert terminal.end() == 130
+    assert f"it goes on in the daemon; `cachefs evict {A}` ends it" in terminal.text
+    stall.release.set()
+    assert node.cli("prefetch", "--wait", A).returncode == 0
+
+
+@pytest.mark.mount
+def test_a_refused_image_is_in_the_json_as_others_have_it(node: Node) -> None:
+    done = node.cli("image", "--json", "nosuch")
+    assert (done.returncode, json.loads(done.stdout)) == (
+        1, {"json_format": 1, "id": "nosuch", "error": f"'nosuch' {UNNAMED}"},
+    )  # fmt: skip
+    assert done.stderr == f"cachefs: 'nosuch' {UNNAMED}\n"
+    assert json.loads(node.cli("image", "--json", A).stdout)["error"] is None
 
 
 @pytest.mark.mount

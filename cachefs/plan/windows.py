@@ -22,7 +22,7 @@ RANDOM_MIN, RANDOM_MAX = BLOCK, 4 << 20
 EQUAL_COSTS = 1.5
 # Before anything is measured: what a request of 20 ms and a link of 50 MB/s would give.
 RANDOM_FIRST = 1 << 20
-SEQUENTIAL_MAX = 64 << 20
+SEQUENTIAL_MAX = 32 << 20  # With the next one on its way, what is fetched ahead still fits into memory.
 # A random miss in the middle of somebody's window waits for the half before it: no window lasts longer than this.
 SEQUENTIAL_S = 0.5
 # The kernel reads ahead with several requests at once, which may reach us in another order.

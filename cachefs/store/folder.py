@@ -18,6 +18,7 @@ LOCK, INDEX, SEGMENTS = "lock", "index", "segments"
 DATA, DATA_LOCK = "data.mdb", "lock.mdb"  # In INDEX, LMDB's own names.
 ASIDE = "aside-"  # Before the time at which something was set aside.
 LOST_FOUND = "lost+found"  # Of a filesystem's own: its root may be the store's folder.
+NO_STORE = "there is no store there yet"
 BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -99,6 +100,8 @@ def require_own(folder: Path) -> None:
     """Refuses a folder that this user does not own or cannot use, or that others may write into."""
     try:
         info = folder.stat()
+    except FileNotFoundError:
+        raise StoreUnusable(str(folder), NO_STORE) from None
     except OSError as error:
         raise StoreUnusable(str(folder), f"cannot be used: {error.strerror}") from error
     if info.st_uid != os.geteuid():
@@ -160,7 +163,7 @@ def require_store(folder: Path, *, empty_will_do: bool) -> None:
     if strangers or strays:
         raise StoreFormat(str(folder), "the folder is not empty and holds no cachefs store")
     if not empty_will_do and not any(folder.glob(f"{ASIDE}*")):
-        raise StoreFormat(str(folder), "this is not a cachefs store")
+        raise StoreFormat(str(folder), NO_STORE)
 
 
 def _names(folder: Path) -> set[str]:
