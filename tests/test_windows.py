@@ -124,7 +124,7 @@ def test_windows_grow_to_the_maximum_and_stay_there() -> None:
         pattern.follow(Extent(at, at + want), sequential)
         at += want
         sizes.append(want // MIB)
-    assert sizes == [1, 2, 4, 8, 16, 32, 64, 64, 64, 64, 64, 64]
+    assert sizes == [1, 2, 4, 8, 16, 32, 32, 32, 32, 32, 32, 32]
 
 
 def test_a_window_cut_short_does_not_make_the_next_one_small() -> None:

@@ -140,7 +140,7 @@ class Segments:
 
         `past_cache`: nobody is expected to read them soon. Then they go to the disk from where they lie, if they
         begin on pages of memory and the filesystem takes that: the kernel's cache keeps what guests read, and
-        is not filled with a second copy of what passes by (measured: a fifth of the daemon's processor time in a cold
+        is not filled with a second copy of what passes by (measured: a fifth of the processor's time of a cold
         read from one end to the other, and more where each new page of the cache is a fault in a host)."""
         if past_cache:
             with suppress(_Refused), self._direct(segment, os.O_WRONLY) as file:
