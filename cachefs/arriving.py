@@ -194,9 +194,9 @@ class Arriving:
 
     def keep(self, flight: Flight, slab: Slab) -> None:
         """What has arrived goes to the store: whole blocks, or up to the view's end. Now, or when it was read."""
-        if flight.priority is Priority.HYDRATION:
-            self._land(flight, slab, in_passing=True)
-        elif flight.in_passing and slab.filled and not self._stopping and not self.memory.is_wanted:
+        # What is hydrated a guest has opened, and may read any moment: that is for the kernel's cache.
+        is_read_along = flight.in_passing and flight.priority is not Priority.HYDRATION
+        if is_read_along and slab.filled and not self._stopping and not self.memory.is_wanted:
             self._unread[slab] = flight, trio.current_time()
             if not self._awaiting:
                 self._awaiting = True

@@ -14,6 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 OF_THE_SESSION: Final = {"glance", "keystone_cloud"}
 TOGETHER: Final = (
     "tests/test_cloud.py",
+    "tests/test_examples.py",
     "tests/test_glance_source.py",
     "tests/test_mount_precache.py",
     "tests/test_mount_raw.py::test_with_a_real_glance",

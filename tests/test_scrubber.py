@@ -453,7 +453,8 @@ def test_asking_twice_is_asking_once(folder: Path) -> None:
     async def main() -> None:
         async with scrubbing(folder) as (_, scrubber):
             handlers = scrubber.handlers()
-            assert await handlers["scrub"]({}) == await handlers["scrub"]({}) == {"run": 1}
+            assert await handlers["scrub"]({}) == {"run": 1, "was_running": False}
+            assert await handlers["scrub"]({}) == {"run": 1, "was_running": True}
             await finished(scrubber, 1)
             await trio.sleep(3600)
             assert (await handlers["scrub-status"]({}))["finished"] == 1
