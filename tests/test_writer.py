@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from math import inf
@@ -17,7 +15,6 @@ from cachefs.plan.extents import PAGE, Extent
 from cachefs.store.check import check
 from cachefs.store.writer import BACKOFF_S
 from tests import stores
-from tests.node import ROOT
 from tests.stores import (
     SPAN,
     Edge,
@@ -319,64 +316,3 @@ def test_a_disk_that_never_comes_back_does_not_stop_the_loop(folder: Path) -> No
             assert len(store.images) == 20
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
-
-
-# ── Where the daemon may not do all ──
-
-# In a process of its own: what a process may not call, it never may again.
-MANY_HOLES = """
-import ctypes, os, platform, struct, sys
-from pathlib import Path
-
-import trio
-
-from cachefs.plan.extents import PAGE
-from cachefs.store.format import SpanNo
-from cachefs.store.writer import PUNCH_ALONE
-from tests.stores import SPAN, data_extents, land, random_bytes, running, segment_file, view_of
-
-libc = ctypes.CDLL(None, use_errno=True)
-setpriority = {"x86_64": 141, "aarch64": 140}[platform.machine()]
-# Load the call's number; if it is that one EPERM, else allow: <linux/bpf_common.h>, <linux/seccomp.h>.
-steps = [(0x20, 0, 0, 0), (0x15, 0, 1, setpriority), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
-program = b"".join(struct.pack("=HBBI", *step) for step in steps)
-place = ctypes.create_string_buffer(program, len(program))
-filter_ = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(place))
-assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, filter_, 0, 0) == 0, os.strerror(ctypes.get_errno())
-try:
-    os.setpriority(os.PRIO_PROCESS, 0, 0)
-    sys.exit("it may be called")
-except PermissionError:
-    pass
-
-folder, each = Path(sys.argv[1]), PUNCH_ALONE
-size = 2 * each * SPAN
-
-async def main():
-    for begin in (0, each):
-        async with running(folder) as store:
-            gone, stays = view_of(store, 1, size), view_of(store, 2, size)
-            for span in range(begin, begin + each):
-                for number, view in enumerate((gone, stays)):
-                    assert await land(store, view, span * SPAN, random_bytes(2 * span + number, PAGE))
-        if not begin:
-            os.truncate(segment_file(folder, 1), os.path.getsize(segment_file(folder, 1)) - 1)
-    async with running(folder) as store:
-        gone, stays = view_of(store, 1, size), view_of(store, 2, size)
-        assert await store.evict([(gone.number, SpanNo(n)) for n in range(2 * each)]) == 2 * each * PAGE
-        await store.flush()
-        for span in range(2 * each):
-            if span != each - 1:  # It was cut off.
-                assert bytes(await stays.read(span * SPAN, PAGE)) == random_bytes(2 * span + 1, PAGE)
-    for segment in (1, 2):
-        assert sum(extent.length for extent in data_extents(segment_file(folder, segment))) <= each * PAGE
-
-trio.run(main)
-"""
-
-
-def test_many_holes_are_made_where_no_thread_may_be_made_less_urgent(folder: Path) -> None:
-    """As in the sandbox of cachefs.service: @resources has setpriority(2)."""
-    command = [sys.executable, "-c", MANY_HOLES, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr

@@ -12,8 +12,6 @@ write), so the writer goes back to the committed state: everything that landed s
 
 from __future__ import annotations
 
-import os
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -222,12 +220,6 @@ class Readers(Protocol):
 
 
 InThread = Callable[..., Awaitable[Any]]
-
-
-def _give_way() -> None:
-    """The processor belongs to whoever reads: this thread takes what is left of it."""
-    with suppress(OSError):  # A sandbox may forbid it.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 async def _in_thread(what: str, work: Callable[..., Any], *args: Any) -> Any:
@@ -653,7 +645,7 @@ class Writer:
             by_segment.setdefault(punch.segment, []).append(punch)
         if len(punches) < PUNCH_ALONE or len(by_segment) == 1:
             return self._punch_each(punches)
-        with ThreadPoolExecutor(PUNCH_THREADS, "punch", _give_way) as threads:
+        with ThreadPoolExecutor(PUNCH_THREADS, "punch") as threads:
             return [punch for done in threads.map(self._punch_each, by_segment.values()) for punch in done]
 
     def _punch_each(self, punches: list[Punch]) -> list[Punch]:
