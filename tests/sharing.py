@@ -19,6 +19,7 @@ TOGETHER: Final = (
     "tests/test_mount_precache.py",
     "tests/test_mount_raw.py::test_with_a_real_glance",
     "tests/test_outages.py",
+    "tests/test_package.py",
     "tests/test_request_ids.py",
     "tests/test_secrets.py",
 )
