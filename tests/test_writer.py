@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from math import inf
@@ -13,13 +14,15 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from cachefs.plan.extents import PAGE, Extent
 from cachefs.store.check import check
-from cachefs.store.writer import BACKOFF_S
+from cachefs.store.format import SpanNo
+from cachefs.store.writer import BACKOFF_S, PUNCH_ALONE
 from tests import stores
 from tests.stores import (
     SPAN,
     Edge,
     Edges,
     Fate,
+    data_extents,
     image_id,
     land,
     land_all,
@@ -28,6 +31,7 @@ from tests.stores import (
     random_bytes,
     read,
     running,
+    segment_file,
     view_of,
 )
 
@@ -316,3 +320,30 @@ def test_a_disk_that_never_comes_back_does_not_stop_the_loop(folder: Path) -> No
             assert len(store.images) == 20
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_many_holes_in_several_segments_give_their_space_back_and_harm_no_neighbour(folder: Path) -> None:
+    """They are made side by side. A segment whose end was cut off is not appended to again: so there are two."""
+    each = PUNCH_ALONE
+    size = 2 * each * SPAN
+
+    async def main() -> None:
+        for begin in (0, each):
+            async with running(folder) as store:
+                gone, stays = view_of(store, 1, size), view_of(store, 2, size)
+                for span in range(begin, begin + each):
+                    for number, view in enumerate((gone, stays)):
+                        assert await land(store, view, span * SPAN, random_bytes(2 * span + number, PAGE))
+            if not begin:
+                os.truncate(segment_file(folder, 1), segment_file(folder, 1).stat().st_size - 1)
+        async with running(folder) as store:
+            gone, stays = view_of(store, 1, size), view_of(store, 2, size)
+            assert await store.evict([(gone.number, SpanNo(n)) for n in range(2 * each)]) == 2 * each * PAGE
+            await store.flush()
+            for span in range(2 * each):
+                if span != each - 1:  # It was cut off.
+                    assert bytes(await stays.read(span * SPAN, PAGE)) == random_bytes(2 * span + 1, PAGE)
+        for segment in (1, 2):
+            assert sum(extent.length for extent in data_extents(segment_file(folder, segment))) <= each * PAGE
+
+    trio.run(main)
