@@ -8,12 +8,12 @@ import heapq
 import itertools
 import mmap
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import trio
 
 from cachefs.flights import Flight, Priority, Slab
+from cachefs.huge import place
 from cachefs.plan.extents import PAGE, ceil
 
 # Among equally urgent ones, an image of one rank goes before one of the next that came up to so much earlier:
@@ -23,7 +23,6 @@ HEAD_START_S = 10.0
 
 # Of the places that are reserved for demand.
 TRACE_RESERVED_MAX = 1
-HUGE_PAGE = 2 << 20
 
 
 @dataclass(order=True)
@@ -196,7 +195,7 @@ class Memory:
 
     def _made(self, start: int, length: int, size: int) -> Slab:
         # Of the kernel's own pages, which it zeroes as they are received into: in a thread, and not on the loop.
-        whole = self._spare.pop() if size == self._span_size and self._spare else _place(size)
+        whole = self._spare.pop() if size == self._span_size and self._spare else place(size)
         while self._spare and self.used + len(self._spare) * self._span_size > self.bound.total:
             self._spare.pop()
         pages = ceil(length, PAGE)
@@ -204,14 +203,3 @@ class Memory:
         if length < pages:
             data[length:] = bytes(pages - length)
         return Slab(start, length, data)
-
-
-def _place(size: int) -> mmap.mmap:
-    """In huge pages where they fit and the kernel has them. It looks up each page that it copies from or writes to
-    the disk: without them that is a quarter of the daemon's processor time in a cold read from end to end
-    (`sequential-cold`: 1.7 s for a GiB, and 1.3 s with them)."""
-    place = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= HUGE_PAGE:
-        with suppress(OSError):  # A kernel that was built without them.
-            place.madvise(mmap.MADV_HUGEPAGE)
-    return place

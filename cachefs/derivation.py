@@ -8,7 +8,6 @@ zeros becomes holes without a byte being moved: a disk of terabytes of which lit
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from cachefs.formats.qcow2 import Data, Mapping, Need, Piece, Zero
 from cachefs.formats.qcow2_fetch import Fetch, sequential_plan
 from cachefs.formats.qcow2_header import CLUSTER_BITS_MAX, Header
 from cachefs.guest_disks import TABLES_MAX, GuestDisks
+from cachefs.huge import place
 from cachefs.leisure import Leisure
 from cachefs.plan.extents import PAGE, Extent, ceil, pieces, subtract
 from cachefs.store.content import Store
@@ -127,8 +127,8 @@ class _Pass:
         self._zeros: list[SpanNo] = []
         # Its own: a thread that is late may still write to them when the pass is over.
         room = ceil(min(store.span_size, max(view.size, 1)), PAGE)
-        self._made, self._found = memoryview(mmap.mmap(-1, room)), memoryview(mmap.mmap(-1, room))
-        self._file = memoryview(mmap.mmap(-1, max(READ_MAX, room, 2 << CLUSTER_BITS_MAX)))
+        self._made, self._found = memoryview(place(room)), memoryview(place(room))
+        self._file = memoryview(place(max(READ_MAX, room, 2 << CLUSTER_BITS_MAX)))
 
     async def run(self, goes_on: Callable[[], bool]) -> bool:
         """Whether it came to its end."""

@@ -30,6 +30,7 @@ from cachefs.formats.decompress import decompress
 from cachefs.formats.qcow2 import Compressed, Data, Mapping, Need, Piece, Zero
 from cachefs.formats.qcow2_fetch import Fetch, Placed, Plan, sequential_plan
 from cachefs.formats.qcow2_header import CLUSTER_BITS_MAX, Header
+from cachefs.huge import place
 from cachefs.plan.extents import BLOCK, Extent, ceil, coalesce, pieces
 from cachefs.store.content import Store
 from cachefs.store.format import OriginMode
@@ -297,7 +298,7 @@ class Translator:
     def _make_room(self, step: _Step) -> None:
         if all(isinstance(piece, Zero) for piece in step.pieces):
             return
-        step.room = self._rooms.pop() if self._rooms else _memory(ROOM)
+        step.room = self._rooms.pop() if self._rooms else place(ROOM)
         at = 0
         for piece in step.pieces:
             if isinstance(piece, Zero):

@@ -10,7 +10,6 @@ not compared: then it is done once more.
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ import trio
 from cachefs import logs
 from cachefs.catalog import Catalog, Image
 from cachefs.errors import CachefsError
+from cachefs.huge import place
 from cachefs.leisure import Leisure
 from cachefs.store.content import Store
 from cachefs.store.digests import Pass
@@ -136,7 +136,7 @@ class Verifier:
     async def _hash(self, view: StoredView, algorithm: str, passed: Pass) -> str | None:
         """Of all of the view; None when something of it went. `passed` is told the digests of the same bytes."""
         if self._buffer is None:
-            self._buffer = memoryview(mmap.mmap(-1, PIECE_BYTES))
+            self._buffer = memoryview(place(PIECE_BYTES))
         hasher = hashlib.new(algorithm, usedforsecurity=False)
         worked_s = 0.0
         for at in range(0, view.size, PIECE_BYTES):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
-from cachefs import logs
+from cachefs import huge, logs
 from cachefs.errors import RecordCorrupt, StoreError
 from cachefs.plan.compaction import Sealed
 from cachefs.plan.extents import PAGE, ceil
@@ -87,7 +87,7 @@ class Store:
         self.span_size = opened.record.span_size
         self.uuid = opened.record.uuid
         self.segments, self._index = opened.segments, opened.index
-        self.buffer = memoryview(bytearray(READ_MAX))
+        self.buffer = huge.buffer(READ_MAX)
         self.disk_reads = trio.CapacityLimiter(DISK_READS_MAX)
         self.images: dict[str, dict[str, Any]] = {}
         self._views: dict[ViewNo, StoredView] = {}

@@ -14,7 +14,6 @@ of a removed segment comes back only when nobody has it open.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import time
 from array import array
@@ -28,6 +27,7 @@ from typing import NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from cachefs.errors import RecordCorrupt
+from cachefs.huge import place
 from cachefs.plan.cutting import CHUNK_PAGES_MAX
 from cachefs.plan.extents import PAGE, Extent, coalesce, subtract
 from cachefs.plan.scrub import READ_PAGES, Piece, Read, reads
@@ -135,7 +135,7 @@ class DiskReader:
 
 def page_buffer(pages: int) -> memoryview:
     """Memory that begins on a page, as O_DIRECT asks for."""
-    return memoryview(mmap.mmap(-1, pages * PAGE))
+    return memoryview(place(pages * PAGE))
 
 
 # ── The chunks ────────────────────────────────────────────────────────────────────────────────────────
