@@ -8,9 +8,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cachefs.namespace import link_name
 from cachefs.words import counted, duration, printable, rate, size, width
 
 Rows = list[tuple[str, str]]
+
+# From here on it is also said at what time something was.
+OLD_S = 600
+# Of names that several images have.
+NAMES_SHOWN = 5
 
 
 def status_rows(found: Mapping[str, Any]) -> Rows:
@@ -22,7 +28,7 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
         ("mounted on", found["mountpoint"]),
         ("daemon", f"cachefs {found['version']}, pid {found['pid']}, up {duration(found['uptime'])}"),
         ("Glance", found["images"]["glance_reason"] or _glance_words(found)),
-        ("images", f"{found['images']['known']} known, {found['images']['open']} open"),
+        ("images", _images_words(found["images"])),
         (
             "store",
             f"{store['path']}: {size(store['bytes_cached'])} of images in {size(store['bytes_on_disk'])} "
@@ -53,6 +59,37 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
     rows += [("at risk", f"{image}: {why}") for image, why in found["hydration"]["at_risk"].items()]
     rows += _origin_rows(found["origin"])
     return [(name, printable(value)) for name, value in rows]
+
+
+def _images_words(images: Mapping[str, Any]) -> str:
+    words = f"{images['known']} known, {images['open']} open"
+    if "listed" not in images:  # A daemon that was not restarted since this command was installed.
+        return words
+    return f"{words}; {listed_words(images['listed'])}"
+
+
+def listed_words(listed: float | None) -> str:
+    """From when the list of images is; `listed` in seconds since the epoch."""
+    if listed is None:
+        return "not listed by Glance since the daemon's start"
+    ago_s = max(time.time() - listed, 0)
+    words = f"listed by Glance {duration(ago_s)} ago"
+    return words + (f", {time.strftime('%Y-%m-%d %H:%M', time.localtime(listed))}" if ago_s >= OLD_S else "")
+
+
+def namesakes_words(found: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why `by-name` lacks images of a listing; None where it lacks none for this."""
+    shared: dict[str, list[str]] = {}
+    for row in found:
+        if row.get("same_name"):
+            shared.setdefault(row["name"], []).append(row["id"])
+    if not shared:
+        return None
+    length = distinct([row["id"] for row in found])
+    some = [f"{name} ({', '.join(id_[:length] for id_ in ids)})" for name, ids in shared.items()]
+    more = f" and {len(some) - NAMES_SHOWN} more" if len(some) > NAMES_SHOWN else ""
+    whose = "this name, which several images have" if len(some) == 1 else "names that several images have"
+    return printable(f"by-name/ has no link for {whose}: {', '.join(some[:NAMES_SHOWN])}{more}")
 
 
 def _glance_words(found: Mapping[str, Any]) -> str:
@@ -167,6 +204,16 @@ def _disk(disk: Mapping[str, Any] | None) -> str | None:
     return ", ".join(said) or None
 
 
+def _no_link(name: str | None, status: str, same_name: Sequence[str] | None) -> str | None:
+    """Why `by-name` does not have an image."""
+    if not name or status == "gone" or same_name is None:
+        return None
+    if same_name:
+        verb = "has" if len(same_name) == 1 else "have"
+        return f"no link: {counted(len(same_name), 'other image')} {verb} this name: {', '.join(same_name)}"
+    return "no link: a file cannot have this name" if link_name(name) is None else None
+
+
 def image_rows(found: Mapping[str, Any]) -> Rows:
     """One image in full: what it is, what is here of it, why it is kept, what Glance says."""
     rest = dict(found)
@@ -182,6 +229,7 @@ def image_rows(found: Mapping[str, Any]) -> Rows:
     priority, why, condemned, changed = take("priority", "priority_because", "condemned", "origin_changed")
     algorithm, digest, checksum = take("os_hash_algo", "os_hash_value", "checksum")
     tags, properties, disk = take("tags", "properties", "disk")
+    by_name, same_name = take("by_name", "same_name")
     created_s, updated_s, *_ = take("created_s", "updated_s", "pinned", "number")
     kept = list(dict.fromkeys(str(lease) for lease in leases or ()))
     kept += [f"held: {because}" if because else "held"] if held else []
@@ -195,6 +243,7 @@ def image_rows(found: Mapping[str, Any]) -> Rows:
         ("size", f"{size(whole)} ({whole} bytes)" + (f", the disk inside {size(virtual)}" if virtual else "")),
         ("cached", f"{size(cached)}{share}, {state}" + (f", comes by {origin}" if origin != "unknown" else "")),
         ("file", path),
+        ("by name", by_name or _no_link(name, status, same_name)),
         ("disk inside", _disk(disk)),
         ("open", ("1 handle" if handles == 1 else f"{handles} handles") if in_use or handles else "no"),
         *[("kept because", reason) for reason in kept or ["nothing: it may be evicted"]],

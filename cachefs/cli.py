@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachefs import __version__, answers, asking, waiting
 from cachefs.errors import CachefsError, ConfigError, Refused
-from cachefs.shown import columns_of, is_terminal, print_json, print_rows, print_table
+from cachefs.shown import columns_of, is_terminal, print_json, print_note, print_rows, print_table
 from cachefs.words import counted, printable, size
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, unknown = parser().parse_known_args(argv)
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.config_file = arguments.first_files + arguments.config_file
+    arguments.config_dir = arguments.first_folders + arguments.config_dir
     return arguments
 
 
@@ -80,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"cachefs {__version__}")
+    # Of names of their own: what a subcommand has by default would take the place of what was said before it.
+    for option, name, about in (
+        ("--config-file", "first_files", "before the command or after it; may be repeated"),
+        ("--config-dir", "first_folders", "the same; all *.conf in it"),
+    ):
+        top.add_argument(option, dest=name, action="append", default=[], metavar="PATH", help=about)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = partial(_add, commands)
 
@@ -184,9 +192,9 @@ def _add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=run, parser=command)
-    if config:
-        command.add_argument("--config-file", action="append", default=[], metavar="PATH", help="may be repeated")
-        command.add_argument("--config-dir", action="append", default=[], metavar="PATH", help="all *.conf in it")
+    for option, about in (("--config-file", "may be repeated"), ("--config-dir", "all *.conf in it")):
+        about = about if config else "taken as by all commands; it changes nothing here"
+        command.add_argument(option, action="append", default=[], metavar="PATH", help=about)
     if json:
         command.add_argument("--json", action="store_true", help="print JSON")
     return command
@@ -278,10 +286,21 @@ def _images(arguments: argparse.Namespace) -> int:
     if arguments.json:
         return _print_json({"images": found, "glance": glance})
     if glance["reason"] is not None:
-        _say(f"{glance['reason']}. Listed is what was known before" if found else glance["reason"])
+        known = f". Shown is what was known before, {answers.listed_words(glance.get('listed'))}" if found else ""
+        _say(f"{glance['reason']}{known}")
     header, rows = answers.images_table(found, columns_of(sys.stdout) if is_terminal(sys.stdout) else None)
-    print_table(header, rows, right=("SIZE", "CACHED"))
+    print_table(header, rows, right=("SIZE", "CACHED"), drop=("FORMAT", "SIZE", "PRIORITY", "PINNED"))
+    if is_terminal(sys.stdout):
+        _images_notes(found, glance)
     return DONE
+
+
+def _images_notes(found: Sequence[Mapping[str, Any]], glance: Mapping[str, Any]) -> None:
+    """What the rows do not say; not in a pipe, where each line is an image."""
+    if "listed" in glance:  # Not of a daemon that was not restarted since this command was installed.
+        print_note(f"{counted(len(found), 'image')}, {answers.listed_words(glance['listed'])}")
+    if (words := answers.namesakes_words(found)) is not None:
+        print_note(words)
 
 
 def _glance(ask: Ask) -> dict[str, Any]:
@@ -562,7 +581,7 @@ def _checked(arguments: argparse.Namespace) -> int:
     if path is None:
         from cachefs import config
 
-        path = config.load(arguments.config_file, arguments.config_dir, {}).store.path
+        path = config.store_path(arguments.config_file, arguments.config_dir)
     if arguments.repair:
         report, repaired, sound = repair_store(Path(path))
     else:

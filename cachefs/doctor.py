@@ -42,6 +42,7 @@ CLOCK_DOUBT_S, CLOCK_WRONG_S = 5.0, 60.0
 RANGE_BYTES: Final = 4096
 # Below this part of max_size, somebody counts on room that is not there.
 REACHED_SHARE: Final = 0.5
+ROOM_MIN: Final = 37  # So that an id is not taken apart where there are less columns beside the checks.
 WHY_MAX: Final = 2000  # Somebody may answer with a book.
 # Filesystems that other nodes have, too: the store's lock, its holes and its mapped index are for local ones.
 _SHARED = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "9p", "lustre"}
@@ -168,9 +169,14 @@ def show(found: Sequence[Finding]) -> None:
     longest = max(len(one.check) for one in found)
     indent = len(PROBLEM) + 2 + longest + 2
     columns = columns_of(sys.stdout) - indent if is_terminal(sys.stdout) else None
+    is_narrow = columns is not None and columns < ROOM_MIN
+    if is_narrow:
+        indent, columns = 2, columns_of(sys.stdout) - 2
     for one in found:
         state = coloured(padded(one.state, len(PROBLEM)), STATE_COLOURS[one.state], sys.stdout)
         first, *rest = wrapped(printable(one.found), columns)
+        if is_narrow:
+            first, rest = "", [first, *rest]
         print(f"{state}  {padded(one.check, longest)}  {first}".rstrip())
         first_mend, *rest_mend = wrapped(f"→ {printable(one.mend)}", columns, "  ") if one.mend else [""]
         for line in [*rest, first_mend, *rest_mend]:

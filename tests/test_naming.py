@@ -46,13 +46,13 @@ def test_what_is_less_means_nothing(text: str) -> None:
 def test_what_may_be_several_is_said_with_all_of_them() -> None:
     with pytest.raises(AmbiguousImage) as raised:
         meant("21dce", IMAGES)
-    assert str(raised.value) == f"21dce may be any of 2 images: {A} (debian 13), {B} (twice)"
+    assert str(raised.value) == f"21dce may be any of 2 images: {A} (debian 13), {B} (twice); name one by its id"
     with pytest.raises(AmbiguousImage, match="twice may be any of 2 images"):
         meant("twice", IMAGES)
     with pytest.raises(AmbiguousImage, match="any of 3 images"):  # A name, and the beginning of two ids.
         meant("beef", [*IMAGES, Known(A, "beef")])
     many = [Known(f"aaaa{n:04x}-0000-4000-8000-000000000000", None) for n in range(100)]
-    with pytest.raises(AmbiguousImage, match=r"any of 100 images: .* and 95 more$"):
+    with pytest.raises(AmbiguousImage, match=r"any of 100 images: .* and 95 more; name one by its id$"):
         meant("aaaa", many)
 
 
