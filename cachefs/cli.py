@@ -29,6 +29,8 @@ DONE, FAILED, USAGE = 0, 1, 2
 _FULL_ID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 SOUND, REPAIRED, DAMAGED = 0, 1, 2
 UNFINISHED = 3
+# Of a key that was pressed.
+COMPLETION_WAIT_S = 1.0
 
 _NAMED = "an image's id, the first 4 or more digits of it, or a name that no other image has"
 # An id for the examples of --help.
@@ -164,9 +166,13 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     completion = add(
         "completion", _completion, "print the completion of a shell",
-        "completion bash > /etc/bash_completion.d/cachefs", config=False, json=False,
+        "completion bash > /etc/bash_completion.d/cachefs", json=False,
     )  # fmt: skip
-    completion.add_argument("shell", choices=["bash"])
+    completion.add_argument(
+        "what", choices=["bash", "images"],
+        help="bash: what the shell is to read; images: what that asks for when an image is to be named",
+    )  # fmt: skip
+    completion.add_argument("--begun", default="", metavar="TEXT", help="only what begins with it; of images")
     return top
 
 
@@ -636,6 +642,14 @@ def _config_check(arguments: argparse.Namespace) -> int:
 
 
 def _completion(arguments: argparse.Namespace) -> int:
+    if arguments.what == "images":
+        try:
+            ask = _asker(arguments)
+            print("\n".join(ask("offer", begun=arguments.begun, wait_s=COMPLETION_WAIT_S)))
+        except CachefsError:
+            return FAILED  # Silent: somebody is in the middle of a line.
+        return DONE
+
     from cachefs import completion
 
     print(completion.bash(parser()), end="")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -580,6 +581,50 @@ def test_completion(line: list[str], wanted: list[str], tmp_path: Path) -> None:
     )
     assert sorted(done.stdout.split()) == wanted
     assert done.stderr == ""
+
+
+def completed(tmp_path: Path, *line: str) -> list[str]:
+    """What bash is offered for the last of these words."""
+    script = tmp_path / "cachefs.bash"
+    script.write_text(completion.bash(cli.parser()))
+    program = Path(sys.executable).with_name("cachefs")
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE, "bash", str(script), str(program), *line],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return [text for text in done.stdout.split("\n") if text]
+
+
+@pytest.mark.mount
+def test_images_are_completed_from_what_the_daemon_knows(tmp_path: Path) -> None:
+    images = [OriginImage(A, "debian 13", SIZE, pattern(SIZE)), OriginImage(B, "$(id)", SIZE, pattern(SIZE))]
+    with ScriptedOrigin(images) as origin, Node(tmp_path, origin.url) as node:
+        os.listdir(node.mountpoint / "images")
+        where = ("--config-file", str(node.config_file))
+        for command in (("pin",), ("unpin",), ("evict",), ("image",), ("prefetch", "--wait"), ("trace", "export")):
+            assert completed(tmp_path, *command, *where, "deb") == ["debian 13"]
+            assert completed(tmp_path, *where, *command, "90000000") == [A, B]
+        for begun in ("'debian 1", '"debian 1', "debian\\ 1"):
+            assert completed(tmp_path, "pin", *where, begun) == ["debian 13"]
+        assert completed(tmp_path, "pin", "--config-file", "=", str(node.config_file), "d") == ["debian 13"]
+        assert completed(tmp_path, "pin", *where, "") == [B, "debian 13"], "names, and ids where there is none"
+        assert completed(tmp_path, "pin", *where, "$") == []
+        assert completed(tmp_path, "pin", *where, "ubuntu", ":", "d") == []
+        assert completed(tmp_path, "pin", *where, "--js") == ["--json"]
+
+
+def test_no_image_is_completed_while_no_daemon_answers(tmp_path: Path) -> None:
+    file, where = tmp_path / "cachefs.conf", tmp_path / "control.sock"
+    file.write_text(f"[control]\nsocket = {where}\n")
+    assert completed(tmp_path, "pin", "--config-file", str(file), "d") == []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hung:
+        hung.bind(str(where))
+        hung.listen()
+        began_s = time.monotonic()
+        assert completed(tmp_path, "pin", "--config-file", str(file), "d") == []
+        assert time.monotonic() - began_s < asking.ANSWER_WAIT_S / 3
+    assert completed(tmp_path, "pin", "--config-file", str(tmp_path / "none"), "d") == []
 
 
 def test_the_completion_command_prints_that() -> None:
