@@ -15,6 +15,8 @@ Rows = list[tuple[str, str]]
 
 # From here on it is also said at what time something was.
 OLD_S = 600
+# Of the hash of a content: all that somebody would compare, and where there is less room.
+CONTENT_SHOWN, CONTENT_CUT = 36, 16
 # Of names that several images have.
 NAMES_SHOWN = 5
 
@@ -289,11 +291,30 @@ def precache_cells(found: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:
     return [cells(row) for row in found["rows"]] + gone
 
 
-TRACES_HEADER = ("CONTENT", "OF", "BYTES", "RUNS", "RECORDED", "IMAGES")
+TRACES_HEADER = ("IMAGE", "NAME", "FILE", "READ FIRST", "PIECES", "RECORDED")
+# In which folder of the mount a view is.
+_FOLDERS = {"original": "images", "raw": "raw"}
 
 
-def trace_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def traces_cells(rows: Sequence[Mapping[str, Any]], columns: int | None) -> list[Sequence[str]]:
+    """A row for each trace; one that no image here has is called as its content is. Ids are cut where a line does
+    not fit."""
+    cells: list[Sequence[str]] = [_trace_cells(row) for row in rows]
+    if columns is None or not rows or _columns(TRACES_HEADER, cells) <= columns:
+        return cells
+    length = distinct([cell[0] for row, cell in zip(rows, cells, strict=True) if row["images"]])
+    return [
+        (cell[0][: length if row["images"] else CONTENT_CUT], *cell[1:])
+        for row, cell in zip(rows, cells, strict=True)
+    ]
+
+
+def _trace_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    images = row["images"]
+    name = (row.get("names") or [None])[0] or "" if images else "(no image here has it)"
+    more = f" and {counted(len(images) - 1, 'other image')}" if len(images) > 1 else ""
     return (
-        row["content"][:20], row["kind"], size(row["blocks"] << 16), str(row["runs"]),
-        time.strftime("%Y-%m-%d", time.localtime(row["recorded"])), " ".join(row["images"]),
+        images[0] if images else row["content"][:CONTENT_SHOWN], (printable(name) + more).strip(),
+        _FOLDERS.get(row["kind"], row["kind"]), size(row["blocks"] << 16), str(row["runs"]),
+        time.strftime("%Y-%m-%d", time.localtime(row["recorded"])),
     )  # fmt: skip

@@ -141,19 +141,24 @@ def parser() -> argparse.ArgumentParser:
     debug = _group(commands, "debug", "look into the daemon")
     add("tasks", _debug_tasks, "where every task and thread stands, as SIGUSR1 logs it", "debug tasks", into=debug)
 
-    trace = _group(commands, "trace", "list boot traces, or carry them to other nodes")
-    add("list", _trace_list, "what is known of what guests read first", "trace list", into=trace)
+    trace = _group(
+        commands, "trace", "list boot traces, or carry them to other nodes",
+        "A boot trace is what guests read first of an image, and in which order. cachefs records it at a boot, "
+        "and fetches it ahead at the next. It has numbers only, nothing of what is in the image.",
+    )  # fmt: skip
+    add("list", _trace_list, "show of which images a trace is known, and how much it is", "trace list", into=trace)
     exported = add(
-        "export", _trace_export, "write the traces of images, or all, into one file",
+        "export", _trace_export, "write traces into one file, for other nodes",
         "trace export -o boots.traces", json=False, into=trace,
     )  # fmt: skip
-    exported.add_argument("ids", nargs="*", metavar="ID", help="images; all traces by default")
+    exported.add_argument("ids", nargs="*", metavar="ID", help=f"{_NAMED}; all traces by default")
     exported.add_argument("-o", "--output", default="-", metavar="FILE", help="standard output by default")
     imported = add(
-        "import", _trace_import, "take the traces of such a file, in place of what was known",
+        "import", _trace_import,
+        "read traces that `cachefs trace export` wrote, in place of what is known of these images",
         "trace import boots.traces", into=trace,
     )  # fmt: skip
-    imported.add_argument("file", metavar="FILE", help="a file, or - for standard input")
+    imported.add_argument("file", metavar="FILE", help="what was exported, or - for standard input")
 
     config = _group(commands, "config", "show or check the configuration")
     add(
@@ -207,9 +212,10 @@ def _add(
 
 
 def _group(
-    commands: _Commands[argparse.ArgumentParser], name: str, about: str
+    commands: _Commands[argparse.ArgumentParser], name: str, about: str, more: str = ""
 ) -> _Commands[argparse.ArgumentParser]:
-    group = commands.add_parser(name, help=about, description=about[:1].upper() + about[1:] + ".")
+    description = f"{about[:1].upper()}{about[1:]}. {more}".strip()
+    group = commands.add_parser(name, help=about, description=description)
     return group.add_subparsers(dest="action", required=True, metavar="ACTION")
 
 
@@ -487,7 +493,10 @@ def _trace_list(arguments: argparse.Namespace) -> int:
     rows = _ask(arguments, "trace-list")
     if arguments.json:
         return _print_json(rows, "traces")
-    print_table(answers.TRACES_HEADER, [answers.trace_cells(row) for row in rows], right=("BYTES", "RUNS"))
+    cells = answers.traces_cells(rows, columns_of(sys.stdout) if is_terminal(sys.stdout) else None)
+    print_table(answers.TRACES_HEADER, cells, right=("READ FIRST", "PIECES"), drop=("PIECES", "RECORDED", "FILE"))
+    if is_terminal(sys.stdout) and not rows:
+        print_note("no boot trace is known yet: one is recorded when a guest reads an image for the first time")
     return DONE
 
 
@@ -513,7 +522,7 @@ def _trace_export(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
     else:
         trace_cli.write(arguments.output, data)
-        print(f"{counted(count, 'boot trace')}, {size(len(data))}")
+        print(f"{counted(count, 'boot trace')}, {size(len(data))}, in {arguments.output}")
     return FAILED if lacking else DONE
 
 

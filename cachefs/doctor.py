@@ -165,26 +165,31 @@ def as_fields(found: Sequence[Finding]) -> dict[str, Any]:
 
 
 def show(found: Sequence[Finding]) -> None:
-    """A line for each, and below it what mends it."""
+    print("\n".join(lines(found, columns_of(sys.stdout) if is_terminal(sys.stdout) else None)))
+
+
+def lines(found: Sequence[Finding], columns: int | None) -> Iterator[str]:
+    """A line for each, and below it what mends it; on a terminal of `columns` folded and with colours."""
     longest = max(len(one.check) for one in found)
     indent = len(PROBLEM) + 2 + longest + 2
-    columns = columns_of(sys.stdout) - indent if is_terminal(sys.stdout) else None
-    is_narrow = columns is not None and columns < ROOM_MIN
+    is_narrow = columns is not None and columns - indent < ROOM_MIN
     if is_narrow:
-        indent, columns = 2, columns_of(sys.stdout) - 2
+        indent = 2
+    room = None if columns is None else columns - indent
+
+    def marked(text: str, code: str) -> str:
+        return text if columns is None else coloured(text, code, sys.stdout)
+
     for one in found:
-        state = coloured(padded(one.state, len(PROBLEM)), STATE_COLOURS[one.state], sys.stdout)
-        first, *rest = wrapped(printable(one.found), columns)
+        state = marked(padded(one.state, len(PROBLEM)), STATE_COLOURS[one.state])
+        first, *rest = wrapped(printable(one.found), room)
         if is_narrow:
             first, rest = "", [first, *rest]
-        print(f"{state}  {padded(one.check, longest)}  {first}".rstrip())
-        first_mend, *rest_mend = wrapped(f"→ {printable(one.mend)}", columns, "  ") if one.mend else [""]
-        for line in [*rest, first_mend, *rest_mend]:
-            if line:
-                print(f"{'':{indent}}{line}")
+        yield f"{state}  {padded(one.check, longest)}  {first}".rstrip()
+        rest += wrapped(f"→ {printable(one.mend)}", room, "  ") if one.mend else []
+        yield from (f"{'':{indent}}{line}" for line in rest)
     counts = as_fields(found)["counts"]
-    words = f"{counted(counts[PROBLEM], 'problem')}, {counted(counts[WARNING], 'warning')}"
-    print(coloured(words, BOLD, sys.stdout))
+    yield marked(f"{counted(counts[PROBLEM], 'problem')}, {counted(counts[WARNING], 'warning')}", BOLD)
 
 
 # ── The configuration ─────────────────────────────────────────────────────────────────────────────────

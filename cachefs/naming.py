@@ -58,7 +58,8 @@ def meant(text: str, images: Iterable[NamedImage]) -> str:
 
 def offered(begun: str, images: Iterable[NamedImage]) -> list[str]:
     """What a shell may complete `begun` to: names that one image has, and ids: of an image without such a name at
-    once, of all others when digits were begun. Names are other people's, and go into a command line: only plain ones."""
+    once, of all others when digits were begun. Names are other people's, and go into a command line: only plain
+    ones are offered."""
     images = list(images)
     times = Counter(image.name for image in images)
     words = set()
