@@ -4,6 +4,7 @@ nothing; what comes from elsewhere is made printable.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -146,6 +147,7 @@ def _scrub_words(scrub: Mapping[str, Any]) -> str:
     return words
 
 
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Where an id is cut: between its groups.
 ID_LENGTHS = (8, 13, 18, 23)
 IMAGES_HEADER = ("ID", "NAME", "FORMAT", "SIZE", "CACHED", "PINNED", "PRIORITY", "STATE")
@@ -174,10 +176,18 @@ def images_table(
         at = header.index(name)
         if all(row[at] == usual for row in rows) and _columns(header, rows) > columns:
             header, rows = without(header, at), [without(row, at) for row in rows]
-    if _columns(header, rows) > columns:
-        length = distinct([row[0] for row in rows])
-        rows = [(row[0][:length], *row[1:]) for row in rows]
-    return header, rows
+    return header, with_short_ids(header, rows, columns)
+
+
+def with_short_ids(
+    header: Sequence[str], rows: Sequence[Sequence[str]], columns: int | None
+) -> list[Sequence[str]]:
+    """The rows, on a terminal on which a line does not fit with as much of the ids as tells them apart."""
+    if columns is None or not rows or _columns(header, rows) <= columns:
+        return list(rows)
+    ids = {row[0] for row in rows if _ID.fullmatch(row[0])}
+    length = distinct(list(ids))
+    return [(row[0][: length if row[0] in ids else CONTENT_CUT], *row[1:]) for row in rows]
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
@@ -299,14 +309,7 @@ _FOLDERS = {"original": "images", "raw": "raw"}
 def traces_cells(rows: Sequence[Mapping[str, Any]], columns: int | None) -> list[Sequence[str]]:
     """A row for each trace; one that no image here has is called as its content is. Ids are cut where a line does
     not fit."""
-    cells: list[Sequence[str]] = [_trace_cells(row) for row in rows]
-    if columns is None or not rows or _columns(TRACES_HEADER, cells) <= columns:
-        return cells
-    length = distinct([cell[0] for row, cell in zip(rows, cells, strict=True) if row["images"]])
-    return [
-        (cell[0][: length if row["images"] else CONTENT_CUT], *cell[1:])
-        for row, cell in zip(rows, cells, strict=True)
-    ]
+    return with_short_ids(TRACES_HEADER, [_trace_cells(row) for row in rows], columns)
 
 
 def _trace_cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -436,7 +436,10 @@ def _precache(arguments: argparse.Namespace) -> int:
 
 
 def _show_precache(found: Mapping[str, Any]) -> None:
-    print_table(answers.PRECACHE_HEADER, answers.precache_cells(found), right=("SIZE", "TO FETCH"))
+    columns = columns_of(sys.stdout) if is_terminal(sys.stdout) else None
+    cells = answers.with_short_ids(answers.PRECACHE_HEADER, answers.precache_cells(found), columns)
+    drop = ("TO FETCH", "POLICY", "SIZE", "REASON")
+    print_table(answers.PRECACHE_HEADER, cells, right=("SIZE", "TO FETCH"), drop=drop)
     if found["rows_left_out"]:
         print(f"and {found['rows_left_out']} more")
     print(
