@@ -103,7 +103,9 @@ class Terminal:
                 print()
             raise
         took = f"{time.monotonic() - began_s:.1f} s"
-        first, *rest = textwrap.wrap(", ".join(found), self._width - 8 - _RESULT - 1, break_on_hyphens=False)
+        room = self._width - 8 - _RESULT - 1
+        words = textwrap.wrap(", ".join(found), room, break_on_hyphens=False, break_long_words=False)
+        first, *rest = words or [""]
         text = f"   {step + ':':24} {first}"
         self.line(("\r\033[K" if self._moves else "") + text.ljust(self._width - 8) + self.paint(took, DIM))
         for line in rest:
