@@ -4,13 +4,22 @@ nothing; what comes from elsewhere is made printable.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cachefs.namespace import link_name
 from cachefs.words import counted, duration, printable, rate, size, width
 
 Rows = list[tuple[str, str]]
+
+# From here on it is also said at what time something was.
+OLD_S = 600
+# Of the hash of a content: all that somebody would compare, and where there is less room.
+CONTENT_SHOWN, CONTENT_CUT = 36, 16
+# Of names that several images have.
+NAMES_SHOWN = 5
 
 
 def status_rows(found: Mapping[str, Any]) -> Rows:
@@ -22,7 +31,7 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
         ("mounted on", found["mountpoint"]),
         ("daemon", f"cachefs {found['version']}, pid {found['pid']}, up {duration(found['uptime'])}"),
         ("Glance", found["images"]["glance_reason"] or _glance_words(found)),
-        ("images", f"{found['images']['known']} known, {found['images']['open']} open"),
+        ("images", _images_words(found["images"])),
         (
             "store",
             f"{store['path']}: {size(store['bytes_cached'])} of images in {size(store['bytes_on_disk'])} "
@@ -53,6 +62,37 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
     rows += [("at risk", f"{image}: {why}") for image, why in found["hydration"]["at_risk"].items()]
     rows += _origin_rows(found["origin"])
     return [(name, printable(value)) for name, value in rows]
+
+
+def _images_words(images: Mapping[str, Any]) -> str:
+    words = f"{images['known']} known, {images['open']} open"
+    if "listed" not in images:  # A daemon that was not restarted since this command was installed.
+        return words
+    return f"{words}; {listed_words(images['listed'])}"
+
+
+def listed_words(listed: float | None) -> str:
+    """From when the list of images is; `listed` in seconds since the epoch."""
+    if listed is None:
+        return "not listed by Glance since the daemon's start"
+    ago_s = max(time.time() - listed, 0)
+    words = f"listed by Glance {duration(ago_s)} ago"
+    return words + (f", {time.strftime('%Y-%m-%d %H:%M', time.localtime(listed))}" if ago_s >= OLD_S else "")
+
+
+def namesakes_words(found: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why `by-name` lacks images of a listing; None where it lacks none for this."""
+    shared: dict[str, list[str]] = {}
+    for row in found:
+        if row.get("same_name"):
+            shared.setdefault(row["name"], []).append(row["id"])
+    if not shared:
+        return None
+    length = distinct([row["id"] for row in found])
+    some = [f"{name} ({', '.join(id_[:length] for id_ in ids)})" for name, ids in shared.items()]
+    more = f" and {len(some) - NAMES_SHOWN} more" if len(some) > NAMES_SHOWN else ""
+    whose = "this name, which several images have" if len(some) == 1 else "names that several images have"
+    return printable(f"by-name/ has no link for {whose}: {', '.join(some[:NAMES_SHOWN])}{more}")
 
 
 def _glance_words(found: Mapping[str, Any]) -> str:
@@ -107,6 +147,7 @@ def _scrub_words(scrub: Mapping[str, Any]) -> str:
     return words
 
 
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Where an id is cut: between its groups.
 ID_LENGTHS = (8, 13, 18, 23)
 IMAGES_HEADER = ("ID", "NAME", "FORMAT", "SIZE", "CACHED", "PINNED", "PRIORITY", "STATE")
@@ -135,10 +176,18 @@ def images_table(
         at = header.index(name)
         if all(row[at] == usual for row in rows) and _columns(header, rows) > columns:
             header, rows = without(header, at), [without(row, at) for row in rows]
-    if _columns(header, rows) > columns:
-        length = distinct([row[0] for row in rows])
-        rows = [(row[0][:length], *row[1:]) for row in rows]
-    return header, rows
+    return header, with_short_ids(header, rows, columns)
+
+
+def with_short_ids(
+    header: Sequence[str], rows: Sequence[Sequence[str]], columns: int | None
+) -> list[Sequence[str]]:
+    """The rows, on a terminal on which a line does not fit with as much of the ids as tells them apart."""
+    if columns is None or not rows or _columns(header, rows) <= columns:
+        return list(rows)
+    ids = {row[0] for row in rows if _ID.fullmatch(row[0])}
+    length = distinct(list(ids))
+    return [(row[0][: length if row[0] in ids else CONTENT_CUT], *row[1:]) for row in rows]
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
@@ -167,6 +216,16 @@ def _disk(disk: Mapping[str, Any] | None) -> str | None:
     return ", ".join(said) or None
 
 
+def _no_link(name: str | None, status: str, same_name: Sequence[str] | None) -> str | None:
+    """Why `by-name` does not have an image."""
+    if not name or status == "gone" or same_name is None:
+        return None
+    if same_name:
+        verb = "has" if len(same_name) == 1 else "have"
+        return f"no link: {counted(len(same_name), 'other image')} {verb} this name: {', '.join(same_name)}"
+    return "no link: a file cannot have this name" if link_name(name) is None else None
+
+
 def image_rows(found: Mapping[str, Any]) -> Rows:
     """One image in full: what it is, what is here of it, why it is kept, what Glance says."""
     rest = dict(found)
@@ -182,6 +241,7 @@ def image_rows(found: Mapping[str, Any]) -> Rows:
     priority, why, condemned, changed = take("priority", "priority_because", "condemned", "origin_changed")
     algorithm, digest, checksum = take("os_hash_algo", "os_hash_value", "checksum")
     tags, properties, disk = take("tags", "properties", "disk")
+    by_name, same_name = take("by_name", "same_name")
     created_s, updated_s, *_ = take("created_s", "updated_s", "pinned", "number")
     kept = list(dict.fromkeys(str(lease) for lease in leases or ()))
     kept += [f"held: {because}" if because else "held"] if held else []
@@ -195,6 +255,7 @@ def image_rows(found: Mapping[str, Any]) -> Rows:
         ("size", f"{size(whole)} ({whole} bytes)" + (f", the disk inside {size(virtual)}" if virtual else "")),
         ("cached", f"{size(cached)}{share}, {state}" + (f", comes by {origin}" if origin != "unknown" else "")),
         ("file", path),
+        ("by name", by_name or _no_link(name, status, same_name)),
         ("disk inside", _disk(disk)),
         ("open", ("1 handle" if handles == 1 else f"{handles} handles") if in_use or handles else "no"),
         *[("kept because", reason) for reason in kept or ["nothing: it may be evicted"]],
@@ -240,11 +301,23 @@ def precache_cells(found: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:
     return [cells(row) for row in found["rows"]] + gone
 
 
-TRACES_HEADER = ("CONTENT", "OF", "BYTES", "RUNS", "RECORDED", "IMAGES")
+TRACES_HEADER = ("IMAGE", "NAME", "FILE", "READ FIRST", "PIECES", "RECORDED")
+# In which folder of the mount a view is.
+_FOLDERS = {"original": "images", "raw": "raw"}
 
 
-def trace_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def traces_cells(rows: Sequence[Mapping[str, Any]], columns: int | None) -> list[Sequence[str]]:
+    """A row for each trace; one that no image here has is called as its content is. Ids are cut where a line does
+    not fit."""
+    return with_short_ids(TRACES_HEADER, [_trace_cells(row) for row in rows], columns)
+
+
+def _trace_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    images = row["images"]
+    name = (row.get("names") or [None])[0] or "" if images else "(no image here has it)"
+    more = f" and {counted(len(images) - 1, 'other image')}" if len(images) > 1 else ""
     return (
-        row["content"][:20], row["kind"], size(row["blocks"] << 16), str(row["runs"]),
-        time.strftime("%Y-%m-%d", time.localtime(row["recorded"])), " ".join(row["images"]),
+        images[0] if images else row["content"][:CONTENT_SHOWN], (printable(name) + more).strip(),
+        _FOLDERS.get(row["kind"], row["kind"]), size(row["blocks"] << 16), str(row["runs"]),
+        time.strftime("%Y-%m-%d", time.localtime(row["recorded"])),
     )  # fmt: skip

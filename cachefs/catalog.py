@@ -262,6 +262,19 @@ class Catalog:
             self._links = unique_links((image.name, image.number) for image in self.shown())
         return self._links
 
+    @property
+    def listing_age_s(self) -> float | None:
+        """How long ago Glance last said all that there is; None where it has not since the start."""
+        return None if self._listed is None else trio.current_time() - self._listed_s
+
+    def namesakes(self) -> dict[str, list[str]]:
+        """The names that several shown images have, which is why `by-name` has none of them; with their ids."""
+        found: dict[str, list[str]] = {}
+        for image in self.shown():
+            if image.name:
+                found.setdefault(image.name, []).append(image.id)
+        return {name: ids for name, ids in found.items() if len(ids) > 1}
+
     def shown(self) -> list[Image]:
         """What a listing shows, in the order of the numbers: what Glance last listed, or all that is known
         while it has not answered yet."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachefs import __version__, answers, asking, waiting
 from cachefs.errors import CachefsError, ConfigError, Refused
-from cachefs.shown import columns_of, is_terminal, print_json, print_rows, print_table
+from cachefs.shown import columns_of, is_terminal, print_json, print_note, print_rows, print_table
 from cachefs.words import counted, printable, size
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ DONE, FAILED, USAGE = 0, 1, 2
 _FULL_ID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 SOUND, REPAIRED, DAMAGED = 0, 1, 2
 UNFINISHED = 3
+# Of a key that was pressed.
+COMPLETION_WAIT_S = 1.0
 
 _NAMED = "an image's id, the first 4 or more digits of it, or a name that no other image has"
 # An id for the examples of --help.
@@ -61,6 +63,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, unknown = parser().parse_known_args(argv)
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.config_file = arguments.first_files + arguments.config_file
+    arguments.config_dir = arguments.first_folders + arguments.config_dir
     return arguments
 
 
@@ -80,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"cachefs {__version__}")
+    # Of names of their own: what a subcommand has by default would take the place of what was said before it.
+    for option, name, about in (
+        ("--config-file", "first_files", "before the command or after it; may be repeated"),
+        ("--config-dir", "first_folders", "the same; all *.conf in it"),
+    ):
+        top.add_argument(option, dest=name, action="append", default=[], metavar="PATH", help=about)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = partial(_add, commands)
 
@@ -131,19 +141,24 @@ def parser() -> argparse.ArgumentParser:
     debug = _group(commands, "debug", "look into the daemon")
     add("tasks", _debug_tasks, "where every task and thread stands, as SIGUSR1 logs it", "debug tasks", into=debug)
 
-    trace = _group(commands, "trace", "list boot traces, or carry them to other nodes")
-    add("list", _trace_list, "what is known of what guests read first", "trace list", into=trace)
+    trace = _group(
+        commands, "trace", "list boot traces, or carry them to other nodes",
+        "A boot trace is what guests read first of an image, and in which order. cachefs records it at a boot, "
+        "and fetches it ahead at the next. It has numbers only, nothing of what is in the image.",
+    )  # fmt: skip
+    add("list", _trace_list, "show of which images a trace is known, and how much it is", "trace list", into=trace)
     exported = add(
-        "export", _trace_export, "write the traces of images, or all, into one file",
+        "export", _trace_export, "write traces into one file, for other nodes",
         "trace export -o boots.traces", json=False, into=trace,
     )  # fmt: skip
-    exported.add_argument("ids", nargs="*", metavar="ID", help="images; all traces by default")
+    exported.add_argument("ids", nargs="*", metavar="ID", help=f"{_NAMED}; all traces by default")
     exported.add_argument("-o", "--output", default="-", metavar="FILE", help="standard output by default")
     imported = add(
-        "import", _trace_import, "take the traces of such a file, in place of what was known",
+        "import", _trace_import,
+        "read traces that `cachefs trace export` wrote, in place of what is known of these images",
         "trace import boots.traces", into=trace,
     )  # fmt: skip
-    imported.add_argument("file", metavar="FILE", help="a file, or - for standard input")
+    imported.add_argument("file", metavar="FILE", help="what was exported, or - for standard input")
 
     config = _group(commands, "config", "show or check the configuration")
     add(
@@ -156,9 +171,13 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     completion = add(
         "completion", _completion, "print the completion of a shell",
-        "completion bash > /etc/bash_completion.d/cachefs", config=False, json=False,
+        "completion bash > /etc/bash_completion.d/cachefs", json=False,
     )  # fmt: skip
-    completion.add_argument("shell", choices=["bash"])
+    completion.add_argument(
+        "what", choices=["bash", "images"],
+        help="bash: what the shell is to read; images: what that asks for when an image is to be named",
+    )  # fmt: skip
+    completion.add_argument("--begun", default="", metavar="TEXT", help="only what begins with it; of images")
     return top
 
 
@@ -184,18 +203,19 @@ def _add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=run, parser=command)
-    if config:
-        command.add_argument("--config-file", action="append", default=[], metavar="PATH", help="may be repeated")
-        command.add_argument("--config-dir", action="append", default=[], metavar="PATH", help="all *.conf in it")
+    for option, about in (("--config-file", "may be repeated"), ("--config-dir", "all *.conf in it")):
+        about = about if config else "taken as by all commands; it changes nothing here"
+        command.add_argument(option, action="append", default=[], metavar="PATH", help=about)
     if json:
         command.add_argument("--json", action="store_true", help="print JSON")
     return command
 
 
 def _group(
-    commands: _Commands[argparse.ArgumentParser], name: str, about: str
+    commands: _Commands[argparse.ArgumentParser], name: str, about: str, more: str = ""
 ) -> _Commands[argparse.ArgumentParser]:
-    group = commands.add_parser(name, help=about, description=about[:1].upper() + about[1:] + ".")
+    description = f"{about[:1].upper()}{about[1:]}. {more}".strip()
+    group = commands.add_parser(name, help=about, description=description)
     return group.add_subparsers(dest="action", required=True, metavar="ACTION")
 
 
@@ -278,10 +298,21 @@ def _images(arguments: argparse.Namespace) -> int:
     if arguments.json:
         return _print_json({"images": found, "glance": glance})
     if glance["reason"] is not None:
-        _say(f"{glance['reason']}. Listed is what was known before" if found else glance["reason"])
+        known = f". Shown is what was known before, {answers.listed_words(glance.get('listed'))}" if found else ""
+        _say(f"{glance['reason']}{known}")
     header, rows = answers.images_table(found, columns_of(sys.stdout) if is_terminal(sys.stdout) else None)
-    print_table(header, rows, right=("SIZE", "CACHED"))
+    print_table(header, rows, right=("SIZE", "CACHED"), drop=("FORMAT", "SIZE", "PRIORITY", "PINNED"))
+    if is_terminal(sys.stdout):
+        _images_notes(found, glance)
     return DONE
+
+
+def _images_notes(found: Sequence[Mapping[str, Any]], glance: Mapping[str, Any]) -> None:
+    """What the rows do not say; not in a pipe, where each line is an image."""
+    if "listed" in glance:  # Not of a daemon that was not restarted since this command was installed.
+        print_note(f"{counted(len(found), 'image')}, {answers.listed_words(glance['listed'])}")
+    if (words := answers.namesakes_words(found)) is not None:
+        print_note(words)
 
 
 def _glance(ask: Ask) -> dict[str, Any]:
@@ -405,7 +436,10 @@ def _precache(arguments: argparse.Namespace) -> int:
 
 
 def _show_precache(found: Mapping[str, Any]) -> None:
-    print_table(answers.PRECACHE_HEADER, answers.precache_cells(found), right=("SIZE", "TO FETCH"))
+    columns = columns_of(sys.stdout) if is_terminal(sys.stdout) else None
+    cells = answers.with_short_ids(answers.PRECACHE_HEADER, answers.precache_cells(found), columns)
+    drop = ("TO FETCH", "POLICY", "SIZE", "REASON")
+    print_table(answers.PRECACHE_HEADER, cells, right=("SIZE", "TO FETCH"), drop=drop)
     if found["rows_left_out"]:
         print(f"and {found['rows_left_out']} more")
     print(
@@ -462,7 +496,10 @@ def _trace_list(arguments: argparse.Namespace) -> int:
     rows = _ask(arguments, "trace-list")
     if arguments.json:
         return _print_json(rows, "traces")
-    print_table(answers.TRACES_HEADER, [answers.trace_cells(row) for row in rows], right=("BYTES", "RUNS"))
+    cells = answers.traces_cells(rows, columns_of(sys.stdout) if is_terminal(sys.stdout) else None)
+    print_table(answers.TRACES_HEADER, cells, right=("READ FIRST", "PIECES"), drop=("PIECES", "RECORDED", "FILE"))
+    if is_terminal(sys.stdout) and not rows:
+        print_note("no boot trace is known yet: one is recorded when a guest reads an image for the first time")
     return DONE
 
 
@@ -488,7 +525,7 @@ def _trace_export(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
     else:
         trace_cli.write(arguments.output, data)
-        print(f"{counted(count, 'boot trace')}, {size(len(data))}")
+        print(f"{counted(count, 'boot trace')}, {size(len(data))}, in {arguments.output}")
     return FAILED if lacking else DONE
 
 
@@ -562,7 +599,7 @@ def _checked(arguments: argparse.Namespace) -> int:
     if path is None:
         from cachefs import config
 
-        path = config.load(arguments.config_file, arguments.config_dir, {}).store.path
+        path = config.store_path(arguments.config_file, arguments.config_dir)
     if arguments.repair:
         report, repaired, sound = repair_store(Path(path))
     else:
@@ -617,6 +654,14 @@ def _config_check(arguments: argparse.Namespace) -> int:
 
 
 def _completion(arguments: argparse.Namespace) -> int:
+    if arguments.what == "images":
+        try:
+            ask = _asker(arguments)
+            print("\n".join(ask("offer", begun=arguments.begun, wait_s=COMPLETION_WAIT_S)))
+        except CachefsError:
+            return FAILED  # Silent: somebody is in the middle of a line.
+        return DONE
+
     from cachefs import completion
 
     print(completion.bash(parser()), end="")

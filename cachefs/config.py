@@ -189,6 +189,21 @@ def _read(
     return None if reading.faults else _config(reading.conf), reading.faults
 
 
+def store_path(files: Sequence[str], config_dirs: Sequence[str]) -> str:
+    """Where the store lies, for who needs nothing else of the configuration: Glance's options are not looked at.
+    Raises ConfigError where anything else is not understood: half of a word may have been `[store] path`."""
+    faults: list[ConfigError] = []
+    paths = list(paths_of(files, config_dirs, faults))
+    lines = [line for path in paths for line in lines_of(path, faults)]
+    if not faults:
+        reading = Reading(paths, lines, {})
+        faults = [fault for fault in reading.faults if not fault.option.startswith(f"{auth.GROUP}/")]
+        path = str(reading.conf.store.path)
+        if not faults and (paths or path != options.STORE):
+            return path
+    raise faults[0] if faults else ConfigError(asking.DEFAULT_FILE, f"{NO_FILE}, or the store with --store")
+
+
 # ── Meaning ───────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -44,6 +45,9 @@ class Catalog(Protocol):
     """What is asked of the catalog."""
 
     last_error: str | None
+
+    @property
+    def listing_age_s(self) -> float | None: ...
 
     def __len__(self) -> int: ...
 
@@ -136,6 +140,14 @@ class Contact:
             return f"the last question to Glance was not answered, and is put again: {trouble}"
         return None
 
+    @property
+    def listed(self) -> float | None:
+        """When Glance last said all that there is, in seconds since the epoch; None: not since the start."""
+        age_s = self._catalog.listing_age_s
+        return None if age_s is None else round(time.time() - age_s, 3)
+
     def status(self) -> dict[str, Any]:
         """For `cachefs images`."""
-        return {"reached": self.is_reached, "trouble": self.trouble, "reason": self.reason()}
+        return {
+            "reached": self.is_reached, "trouble": self.trouble, "reason": self.reason(), "listed": self.listed,
+        }  # fmt: skip

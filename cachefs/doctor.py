@@ -42,6 +42,7 @@ CLOCK_DOUBT_S, CLOCK_WRONG_S = 5.0, 60.0
 RANGE_BYTES: Final = 4096
 # Below this part of max_size, somebody counts on room that is not there.
 REACHED_SHARE: Final = 0.5
+ROOM_MIN: Final = 37  # So that an id is not taken apart where there are less columns beside the checks.
 WHY_MAX: Final = 2000  # Somebody may answer with a book.
 # Filesystems that other nodes have, too: the store's lock, its holes and its mapped index are for local ones.
 _SHARED = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "9p", "lustre"}
@@ -164,21 +165,31 @@ def as_fields(found: Sequence[Finding]) -> dict[str, Any]:
 
 
 def show(found: Sequence[Finding]) -> None:
-    """A line for each, and below it what mends it."""
+    print("\n".join(lines(found, columns_of(sys.stdout) if is_terminal(sys.stdout) else None)))
+
+
+def lines(found: Sequence[Finding], columns: int | None) -> Iterator[str]:
+    """A line for each, and below it what mends it; on a terminal of `columns` folded and with colours."""
     longest = max(len(one.check) for one in found)
     indent = len(PROBLEM) + 2 + longest + 2
-    columns = columns_of(sys.stdout) - indent if is_terminal(sys.stdout) else None
+    is_narrow = columns is not None and columns - indent < ROOM_MIN
+    if is_narrow:
+        indent = 2
+    room = None if columns is None else columns - indent
+
+    def marked(text: str, code: str) -> str:
+        return text if columns is None else coloured(text, code, sys.stdout)
+
     for one in found:
-        state = coloured(padded(one.state, len(PROBLEM)), STATE_COLOURS[one.state], sys.stdout)
-        first, *rest = wrapped(printable(one.found), columns)
-        print(f"{state}  {padded(one.check, longest)}  {first}".rstrip())
-        first_mend, *rest_mend = wrapped(f"→ {printable(one.mend)}", columns, "  ") if one.mend else [""]
-        for line in [*rest, first_mend, *rest_mend]:
-            if line:
-                print(f"{'':{indent}}{line}")
+        state = marked(padded(one.state, len(PROBLEM)), STATE_COLOURS[one.state])
+        first, *rest = wrapped(printable(one.found), room)
+        if is_narrow:
+            first, rest = "", [first, *rest]
+        yield f"{state}  {padded(one.check, longest)}  {first}".rstrip()
+        rest += wrapped(f"→ {printable(one.mend)}", room, "  ") if one.mend else []
+        yield from (f"{'':{indent}}{line}" for line in rest)
     counts = as_fields(found)["counts"]
-    words = f"{counted(counts[PROBLEM], 'problem')}, {counted(counts[WARNING], 'warning')}"
-    print(coloured(words, BOLD, sys.stdout))
+    yield marked(f"{counted(counts[PROBLEM], 'problem')}, {counted(counts[WARNING], 'warning')}", BOLD)
 
 
 # ── The configuration ─────────────────────────────────────────────────────────────────────────────────

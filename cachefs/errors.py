@@ -154,7 +154,7 @@ class AmbiguousImage(NamespaceError):
         some = [f"{id_} ({name})" if name else id_ for id_, name in self.candidates[:CANDIDATES_SHOWN]]
         more = len(self.candidates) - len(some)
         words = ", ".join(some) + (f" and {more} more" if more > 0 else "")
-        return f"{self.what} may be any of {len(self.candidates)} images: {words}"
+        return f"{self.what} may be any of {len(self.candidates)} images: {words}; name one by its id"
 
 
 class ReadOnly(NamespaceError):

@@ -7,6 +7,7 @@ Files of the mount have one name each. This is for people at a keyboard.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 from uuid import UUID
@@ -16,6 +17,9 @@ from cachefs.errors import AmbiguousImage, CachefsError, ControlError, NoEntry
 
 DIGITS_MIN = 4
 TEXTS_MAX = 1000
+OFFERED_MAX = 1000
+# Nothing in it means anything to a shell but the space, which readline quotes; a colon would end a word.
+_PLAIN = re.compile(r"\w[\w .+,@%-]*")
 
 
 class NamedImage(Protocol):
@@ -52,6 +56,20 @@ def meant(text: str, images: Iterable[NamedImage]) -> str:
     return found[0].id
 
 
+def offered(begun: str, images: Iterable[NamedImage]) -> list[str]:
+    """What a shell may complete `begun` to: names that one image has, and ids: of an image without such a name at
+    once, of all others when digits were begun. Names are other people's, and go into a command line: only plain
+    ones are offered."""
+    images = list(images)
+    times = Counter(image.name for image in images)
+    words = set()
+    for image in images:
+        has_name = times[image.name] == 1 and _PLAIN.fullmatch(image.name or "") is not None
+        words |= {image.name} if has_name and image.name is not None else set()
+        words |= {image.id} if begun or not has_name else set()
+    return sorted(word for word in words if word.startswith(begun))[:OFFERED_MAX]
+
+
 class Naming:
     """`known` gives all images that are known now; `ask_glance` returns when the catalog has learnt what there is,
     or when that takes too long."""
@@ -62,7 +80,11 @@ class Naming:
         self._known, self._ask_glance = known, ask_glance
 
     def handlers(self) -> dict[str, Handler]:
-        return {"which": self._which}
+        return {"which": self._which, "offer": self._offer}
+
+    async def _offer(self, request: Mapping[str, Any]) -> list[str]:
+        """For a shell: Glance is not asked, as somebody waits with a finger on a key."""
+        return offered(str(request.get("begun", "")), self._known())
 
     async def _which(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         """For each of the `texts` the `id`, or the `error`."""

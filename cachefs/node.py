@@ -155,6 +155,7 @@ class Node:
             seconds=config.trace.seconds,
             names_of=self._trace_names,
             images=lambda: list(store.images),
+            name_of=self._image_name,
         )
         self.verifier = Verifier(self.catalog, store, self._leisure())
         self.derivation = Derivation(self.catalog, store, self.fetcher, self.disks, self._leisure())
@@ -291,6 +292,10 @@ class Node:
         except PrefetchEnded:
             return False
         return True
+
+    def _image_name(self, image: str) -> str | None:
+        known = self.catalog.known(image)
+        return None if known is None else known.name
 
     def _trace_names(self, image: str) -> Sequence[str]:
         known = self.catalog.known(image)

@@ -31,6 +31,7 @@ from cachefs.option_types import (
 )
 from cachefs.sources import auth
 
+STORE: Final = "/var/lib/cachefs"
 INSTANCES: Final = "/var/lib/nova/instances"  # Nova's, if nobody says otherwise.
 
 _ID_MAX: Final = 2**32 - 2  # The last one means "unchanged" to chown(2).
@@ -59,7 +60,7 @@ OPTIONS: Final[dict[str, list[cfg.Opt]]] = {
         cfg.Opt(
             "path",
             PathType(),
-            default="/var/lib/cachefs",
+            default=STORE,
             help="Folder of the store, on a local filesystem.",
         ),
         cfg.Opt(

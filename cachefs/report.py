@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import tarfile
 import tempfile
@@ -17,14 +18,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cachefs import __version__, asking, doctor, limited
+from cachefs import asking, doctor, limited, shortened
 from cachefs import config as configuration
 from cachefs.config import Config
 from cachefs.config_files import files_read
 from cachefs.errors import CachefsError, Refused
 from cachefs.hiding import Hiding, cloud_files
 from cachefs.options import plain_options
-from cachefs.words import counted
 
 LOG_BYTES = 256 << 10
 PART_BYTES_MAX = 4 << 20
@@ -32,6 +32,14 @@ _LIBRARIES = (
     "cachefs", "pyfuse3", "trio", "lmdb", "xxhash", "python-glanceclient", "keystoneauth1", "openstacksdk",
     "oslo.config", "oslo.log", "oslo.utils", "requests", "urllib3", "zstandard", "isal", "prometheus_client",
 )  # fmt: skip
+
+
+# Of the daemon's process; what follows is what the kernel calls it.
+_OF_STATUS = (
+    "Name", "State", "Uid", "Gid", "Groups", "VmPeak", "VmSize", "VmHWM", "VmRSS", "RssAnon", "RssFile", "VmSwap",
+    "Threads", "SigIgn", "CapEff", "NoNewPrivs", "Seccomp:", "Cpus_allowed_list", "voluntary", "nonvoluntary", "(",
+)  # fmt: skip
+_OF_LIMITS = ("Limit", "Max core", "Max processes", "Max open files", "Max locked memory", "Max address", "(")
 
 
 def collect(files: Sequence[str], config_dirs: Sequence[str], limit_s: float) -> dict[str, str]:
@@ -48,16 +56,16 @@ def collect(files: Sequence[str], config_dirs: Sequence[str], limit_s: float) ->
     works: dict[str, Callable[[], str]] = {
         "versions.txt": _versions,
         "kernel.txt": lambda: _kernel(config),
-        "status.json": lambda: _asked(where, "status", limit_s),
-        "flights.json": lambda: _asked(where, "flights", limit_s),
-        "tasks.txt": lambda: _tasks(where, limit_s),
+        "status.json": lambda: _asked(where, "status", limit_s, lambda said: _json(shortened.status(said))),
+        "flights.txt": lambda: _asked(where, "flights", limit_s, lambda said: "\n".join(shortened.flights(said))),
+        "tasks.txt": lambda: _asked(where, "debug-tasks", limit_s, tasks_text),
         "process.txt": lambda: _process(config),
         "log.txt": lambda: _log(config),
     }
     pieces = [limited.Piece(name, _telling(work), limit_s) for name, work in works.items()]
     limited.run(pieces)
     found = doctor.examine(files, config_dirs, limit_s)
-    parts = {"configuration.txt": shown, "doctor.json": json.dumps(doctor.as_fields(found), indent=2)}
+    parts = {"configuration.txt": shown, "doctor.txt": "\n".join(doctor.lines(found, None))}
     for piece in pieces:
         text = "".join(piece.said)
         if piece.hung:
@@ -147,20 +155,27 @@ def _mode(path: Path) -> str:
 
 
 def _versions() -> str:
-    lines = [f"cachefs {__version__}", f"Python {sys.version}", " ".join(platform.uname())]
+    lines = [f"Python {sys.version}", " ".join(platform.uname())]
+    lines += [f"{key}: {value}" for key, value in _distribution()]
     for name in _LIBRARIES:
         try:
             lines.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             lines.append(f"{name}: not installed")
-    for path in ("/etc/os-release", "/etc/fuse.conf"):
-        lines.append(f"\n# {path}\n{_text(path)}")
+    lines.append(f"\n# /etc/fuse.conf\n{shortened.without_comments(_text('/etc/fuse.conf')) or '(only comments)'}")
     return "\n".join(lines)
+
+
+def _distribution() -> Iterator[tuple[str, str]]:
+    try:
+        yield "distribution", platform.freedesktop_os_release().get("PRETTY_NAME", "unknown")
+    except OSError:
+        return
 
 
 def _kernel(config: Config | None) -> str:
     mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
-    ours = [line for line in mounts if " - fuse" in line]
+    ours = [line for line in mounts if re.search(" - fuse[. ]", line)]
     if config is not None:
         parts = Path(config.store.path).parents
         ours += [line for line in mounts if Path(line.split(" ")[4]) in parts]
@@ -173,40 +188,20 @@ def _kernel(config: Config | None) -> str:
     return "\n".join(lines)
 
 
-def _asked(where: str, command: str, limit_s: float) -> str:
+def _asked(where: str, command: str, limit_s: float, say: Callable[[Mapping[str, Any]], str]) -> str:
     try:
-        found = asking.ask(where, command, wait_s=limit_s)
+        return say(asking.ask(where, command, wait_s=limit_s))
     except CachefsError as error:
         return str(error)
+
+
+def _json(found: Mapping[str, Any]) -> str:
     return json.dumps(found, indent=2, sort_keys=True)
-
-
-def _tasks(where: str, limit_s: float) -> str:
-    try:
-        return tasks_text(asking.ask(where, "debug-tasks", wait_s=limit_s))
-    except CachefsError as error:
-        return str(error)
 
 
 def tasks_text(found: Mapping[str, Any]) -> str:
     """What `debug-tasks` answers, for people."""
-    return "\n".join(_tasks_lines(found))
-
-
-def _tasks_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    waiting = len(found["reads"])
-    yield "1 read waits" if waiting == 1 else f"{waiting} reads wait"
-    for read in found["reads"]:
-        yield f"  {read['waiting']:8.1f} s  image {read['image']}, {read['length']} bytes at {read['offset']}"
-    yield f"\n{counted(found['tasks_in_all'], 'task')}"
-    for task in found["tasks"]:
-        indent = "  " * (task["depth"] + 1)
-        yield f"{indent}{task['name']}" + (f" ({task['times']} times)" if task["times"] > 1 else "")
-        yield from (f"{indent}    {line}" for line in task["stack"])
-    yield f"\n{counted(len(found['threads']), 'thread')}"
-    for thread in found["threads"]:
-        yield f"  {thread['name']}"
-        yield from (f"      {line}" for line in thread["stack"])
+    return "\n".join(shortened.tasks(found))
 
 
 def _process(config: Config | None) -> str:
@@ -218,8 +213,9 @@ def _process(config: Config | None) -> str:
     if pid is None:
         return "no daemon has the store"
     lines = [f"pid {pid}"]
-    for name in ("status", "limits", "wchan", "stack"):
-        lines += ["", f"# /proc/{pid}/{name}", _text(f"/proc/{pid}/{name}")]
+    for name, wanted in (("status", _OF_STATUS), ("limits", _OF_LIMITS), ("wchan", ("",)), ("stack", ("",))):
+        lines += ["", f"# /proc/{pid}/{name}", shortened.only(_text(f"/proc/{pid}/{name}"), wanted)]
+    lines.append("")
     for thread in sorted(Path(f"/proc/{pid}/task").glob("*")):
         lines.append(f"# thread {thread.name}: {_text(thread / 'comm').strip()} in {_text(thread / 'wchan')}")
     return "\n".join(lines)
@@ -237,7 +233,8 @@ def _log(config: Config | None) -> str:
             file.seek(begin)
             text = file.read(LOG_BYTES).decode(errors="replace")
             # From a whole line on: half a secret would not be known for one.
-            return f"# the end of {path}\n" + (text.partition("\n")[2] if begin else text)
+            lines = (text.partition("\n")[2] if begin else text).splitlines()
+            return "\n".join([f"# the end of {path}", *shortened.log(lines)])
     except OSError as error:
         return f"{path}: {error.strerror}"
 

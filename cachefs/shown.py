@@ -9,10 +9,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TextIO
 
-from cachefs.words import cut, duration, padded, rate, size, width
+from cachefs.words import cut, duration, folded, padded, rate, size, width
 
 # Of everything that --json prints: it changes when a field goes or changes its meaning, not when one comes.
 JSON_FORMAT: Final = 1
@@ -25,7 +25,9 @@ STATE_COLOURS: Final = {
 }  # fmt: skip
 
 COLUMNS_MIN: Final = 20
+# A name that is cut: so much of it at least, and so much before columns go for it.
 NAME_MIN: Final = 8
+NAME_GOOD: Final = 20
 BAR_MAX: Final = 30
 # Nothing came for so long: that is no slow link any more.
 STALL_S: Final = 5.0
@@ -69,27 +71,39 @@ def print_json(value: Any, name: str = "") -> None:
 # ── Tables ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """`right`: the columns of numbers. On a terminal the widest column gives way where a line would not fit."""
-    for line in table(header, rows, right, columns_of(sys.stdout) if is_terminal(sys.stdout) else None):
+def print_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> None:
+    """`right`: the columns of numbers; `drop`: those that go first on a terminal on which a line would not fit."""
+    for line in table(header, rows, right, columns_of(sys.stdout) if is_terminal(sys.stdout) else None, drop):
         print(line)
 
 
 def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), columns: int | None = None
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[str] = (),
+    columns: int | None = None,
+    drop: Sequence[str] = (),
 ) -> list[str]:
-    """Lines; for a terminal of `columns` also with colours."""
+    """Lines; for a terminal of `columns` also with colours. There the first column, which is what one copies, and
+    numbers are never cut: columns of `drop` go, then the others are cut, then columns go from the right."""
     widths = [max(width(row[at]) for row in [header, *rows]) for at in range(len(header))]
+    shown = list(range(len(header)))
     if columns is not None:
-        _narrow(widths, columns)
-        while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > columns:
-            widths.pop()  # A line that is cut on the right is read; one that goes on in the next is not.
+        whole = {0, *(at for at, name in enumerate(header) if name in right)}
+        shown = _fitting(header, widths, whole, columns, drop)
+        _narrow(widths, shown, whole, columns)
         widths[0] = min(widths[0], columns)
     lines = []
     for number, row in enumerate([header, *rows]):
         cells = [
-            padded(cell if columns is None else cut(cell, room), room, right=header[at] in right)
-            for at, (cell, room) in enumerate(zip(row, widths, strict=False))
+            padded(row[at] if columns is None else cut(row[at], widths[at]), widths[at], right=header[at] in right)
+            for at in shown
         ]
         cells[-1] = cells[-1].rstrip()
         if columns is not None:
@@ -99,27 +113,70 @@ def table(
     return lines
 
 
-def _narrow(widths: list[int], columns: int) -> None:
-    """The widest column but the first, which is what one copies, gives way."""
-    for _ in range(len(widths)):
-        over = sum(widths) + 2 * (len(widths) - 1) - columns
-        if over <= 0 or len(widths) < 2:
-            return
-        at = max(range(1, len(widths)), key=widths.__getitem__)
-        if widths[at] <= NAME_MIN:
+def _fitting(
+    header: Sequence[str], widths: Sequence[int], whole: set[int], columns: int, drop: Sequence[str]
+) -> list[int]:
+    """Which columns are shown."""
+    shown = list(range(len(header)))
+
+    def least(cut_to: int) -> int:
+        return _line(widths[at] if at in whole else min(widths[at], cut_to) for at in shown)
+
+    for at in [header.index(name) for name in drop if name in header]:
+        if least(NAME_GOOD) > columns:
+            shown.remove(at)
+    while len(shown) > 1 and least(NAME_MIN) > columns:
+        shown.pop()  # A line that is cut on the right is read; one that goes on in the next is not.
+    return shown
+
+
+def _narrow(widths: list[int], shown: Sequence[int], whole: set[int], columns: int) -> None:
+    """The widest of the columns that may be cut gives way, and then the next."""
+    words = [at for at in shown if at not in whole]
+    for _ in words:
+        over = _line(widths[at] for at in shown) - columns
+        at = max(words, key=widths.__getitem__)
+        if over <= 0 or widths[at] <= NAME_MIN:
             return
         widths[at] = max(widths[at] - over, NAME_MIN)
 
 
+def _line(widths: Iterable[int]) -> int:
+    """The width of a line with these columns."""
+    return sum(at + 2 for at in widths) - 2
+
+
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Names and values, one pair a line; a name that comes again is said once."""
+    """Names and values, one pair a line; a name that comes again is said once. On a terminal values go on in the
+    next line between words. A word is not taken apart, so that ids and paths can be copied."""
+    columns = columns_of(sys.stdout) if is_terminal(sys.stdout) else None
     longest = max((width(name) for name, _ in rows), default=0) + 1
     before = None
     for name, value in rows:
         head = padded(f"{name}:" if name != before else "", longest)
+        indent = " " * (longest + 1)
+        words = max(map(width, value.split(" ")))
+        if columns is None:
+            lines = [value]
+        elif words <= columns - len(indent):
+            lines = folded(value, columns - len(indent))
+        else:  # Below its name there is more room.
+            indent = "  "
+            lines = ["", *folded(value, columns - len(indent))] if name != before else folded(value, columns - 2)
+            head = head if name != before else " "
         code = STATE_COLOURS.get(value)
-        print(f"{coloured(head, DIM, sys.stdout)} {coloured(value, code, sys.stdout)}".rstrip())
+        lines = [coloured(line, code, sys.stdout) for line in lines]
+        print(f"{coloured(head, DIM, sys.stdout)} {lines[0]}".rstrip())
+        for line in lines[1:]:
+            print(f"{indent}{line}")
         before = name
+
+
+def print_note(text: str) -> None:
+    """A sentence below a table; folded and grey on a terminal."""
+    columns = columns_of(sys.stdout) if is_terminal(sys.stdout) else None
+    for line in [text] if columns is None else folded(text, columns):
+        print(coloured(line, DIM, sys.stdout))
 
 
 # ── Progress ──────────────────────────────────────────────────────────────────────────────────────────

@@ -28,6 +28,7 @@ from cachefs.histogram import Counted
 from cachefs.hydrator import Hydrator
 from cachefs.instances import Instances
 from cachefs.leases import Leases
+from cachefs.namespace import link_name
 from cachefs.precache import Precache
 from cachefs.ranks import Ranks
 from cachefs.scrubber import Scrubber
@@ -113,6 +114,7 @@ class Status:
                 "glance_reached": self._contact.is_reached,
                 "glance_trouble": self._contact.trouble,
                 "glance_reason": self._contact.reason(),
+                "listed": self._contact.listed,
             },
             "disk": self._store.health.status(),
             "leases": self._leases.counts(),
@@ -204,7 +206,10 @@ class Status:
         }  # fmt: skip
 
     async def images(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [self._row(image) for image in [*await self._catalog.listing(), *self._catalog.gone()]]
+        """With `same_name`: the others that have the image's name."""
+        images = [*await self._catalog.listing(), *self._catalog.gone()]
+        namesakes = self._catalog.namesakes()
+        return [self._row(image) | {"same_name": _others(image, namesakes)} for image in images]
 
     async def glance(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Whether what `images` says is what Glance says."""
@@ -226,6 +231,8 @@ class Status:
             "held_because": self._precache.why(image),
             "opens": round(self._precache.opens.of(image), 2),
             "path": f"{self._mountpoint}/images/{image}",
+            "by_name": self._link(found),
+            "same_name": _others(found, self._catalog.namesakes()),
             "origin": stored.record.origin.name.lower() if stored is not None else "unknown",
             "handles": self._filesystem.open_count[image],
             "leases": [str(lease) for lease in self._leases.of_image(image)],
@@ -233,8 +240,13 @@ class Status:
 
     async def flights(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What moves: `flights` (bytes of the image's file or disk), and the `images` that matter now: those that
-        guests wait for, that are fetched, at risk, or open. At most so many of each as a screen can have."""
+        guests wait for, that are fetched, at risk, or open; `waiting`: which images reads wait for, the longest
+        wait first. At most so many of each as a screen can have."""
         waiting = Counter(reading.view.record.image for reading in self._blocks.reading)
+        since_s: dict[str, float] = {}
+        for reading in self._blocks.reading:
+            image = reading.view.record.image
+            since_s[image] = min(reading.since_s, since_s.get(image, reading.since_s))
         flying = [flight for flight in self._fetcher.flights() if not flight.over]
         flights = [
             {
@@ -253,6 +265,7 @@ class Status:
         known = [self._catalog.known(image) for image in list(dict.fromkeys(matter))[:ROWS_MAX]]
         return {
             "flights": flights,
+            "waiting": [self._wait(image, waiting[image], at_s) for image, at_s in _first(since_s)],
             "images": [
                 {
                     **self._row(image),
@@ -264,6 +277,21 @@ class Status:
                 if image is not None
             ],
         }
+
+    def _wait(self, image: str, reads: int, since_s: float) -> dict[str, Any]:
+        known = self._catalog.known(image)
+        longest_s = round(trio.current_time() - since_s, 3)
+        return {
+            "image": image,
+            "name": known.name if known is not None else None,
+            "reads": reads,
+            "longest": longest_s,
+        }
+
+    def _link(self, image: Image) -> str | None:
+        name = link_name(image.name)
+        has_it = name is not None and self._catalog.links.get(name) == image.number
+        return f"{self._mountpoint}/by-name/{image.name}" if has_it else None
 
     def _row(self, image: Image) -> dict[str, Any]:
         stored = self._store.known_view(image.id, ViewKind.ORIGINAL)
@@ -280,3 +308,12 @@ class Status:
             "priority": self._ranks.of(image.id).name.lower(),
             "held": self._precache.is_held(image.id),
         }
+
+
+def _first(since_s: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(since_s.items(), key=lambda one: one[1])[:ROWS_MAX]
+
+
+def _others(image: Image, namesakes: Mapping[str, list[str]]) -> list[str]:
+    ids = namesakes.get(image.name or "", [])
+    return [id_ for id_ in ids if id_ != image.id] if image.id in ids else []

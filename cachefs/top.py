@@ -22,18 +22,23 @@ from typing import TYPE_CHECKING, Any
 from cachefs.answers import distinct, without
 from cachefs.errors import CachefsError
 from cachefs.shown import BOLD, DIM, RED, YELLOW, coloured, columns_of, is_terminal, table
-from cachefs.words import counted, cut, duration, printable, rate, size, width
+from cachefs.words import counted, cut, duration, printable, rate, size, width, wrapped
 
 if TYPE_CHECKING:
     from cachefs.trace_cli import Ask
 
 # On less, what says the same of each image goes.
 WIDE = 110
+# On a screen of less lines none goes on in the next.
+TALL = 20
+# Of images that guests wait for, in the head.
+WAITED_FOR = 3
 # Longer than a daemon that is well ever takes.
 ANSWER_S = 5.0
 
 _ENTER = b"\033[?1049h\033[?25l"  # The other screen, without a cursor.
 _LEAVE = b"\033[?25h\033[?1049l"
+_INDENT = " " * 9  # Of what goes on from the line before.
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\033[H", "\033[K", "\033[J"
 
 
@@ -159,13 +164,20 @@ def frame(now: Look, before: Look | None, columns: int | None, height: int | Non
         said = [f"cachefs: {printable(now.error or '')}", "q ends this"]
         last = frame(before, None, columns, height) if before is not None else []
         return [_marked(cut(line, columns or 1000), RED, columns) for line in said[:1]] + said[1:] + last
-    lines = _head(now, before)
-    shown = [line if columns is None else cut(line, columns) for line in lines]
-    shown[0] = _marked(shown[0], BOLD, columns)
-    shown += [_marked(line if columns is None else cut(line, columns), YELLOW, columns) for line in _doubts(now)]
+    first, *lines = _head(now, before)
+    is_tall = height is None or height >= TALL
+
+    def fitted(line: str) -> list[str]:
+        if columns is None:
+            return [line]
+        return wrapped(line, columns, _INDENT) if is_tall else [cut(line, columns)]
+
+    shown = [_marked(first if columns is None else cut(first, columns), BOLD, columns)]
+    shown += [part for line in lines for part in fitted(line)]
+    shown += [_marked(part, YELLOW, columns) for line in _doubts(now) for part in fitted(line)]
     left = None if height is None else max(height - len(shown) - 5, 2)
     if columns is not None:
-        shown[0] += _marked("   q ends this", DIM, columns) if width(lines[0]) + 14 <= columns else ""
+        shown[0] += _marked("   q ends this", DIM, columns) if width(first) + 14 <= columns else ""
     for part in (_flights(now, columns, left and left // 2), _images(now, columns, left and left - left // 2)):
         shown += ["", *part]
     return shown
@@ -182,12 +194,13 @@ def _head(now: Look, before: Look | None) -> list[str]:
     hydration, evictor = status["hydration"], status["evictor"]
     asked = reads["hits"] + reads["misses"]
     words = [
-        f"cachefs {status['version']} on {status['mountpoint']}, up {duration(status['uptime'])}: "
-        f"{status['ready']['state']}"
+        f"cachefs {status['version']}: {status['ready']['state']}, up {duration(status['uptime'])}, "
+        f"on {status['mountpoint']}"
     ]
     longest = f", the longest {reads['waiting_longest']:.1f} s" if reads["waiting"] else ""
     waiting, opened = counted(reads["waiting"], "read"), counted(status["images"]["open"], "image")
     words.append(f"guests   {waiting} waiting{longest}; {opened} open")
+    words += _waited_for(now)
     per_s = _per_s(now, before)
     recent = "" if per_s is None else f"; now {per_s.reads:.0f} reads/s, {_share(per_s.hits, per_s.reads)} hits"
     words.append(f"reads    {asked} since the start, {_share(reads['hits'], asked)} hits{recent}")
@@ -202,6 +215,21 @@ def _head(now: Look, before: Look | None) -> list[str]:
             f"whole    {counted(hydration['images'], 'image')} to come, {size(hydration['bytes_to_fetch'])} left"
         )
     return words
+
+
+def _waited_for(now: Look) -> list[str]:
+    """The images that guests wait for, by name."""
+    assert now.moving is not None
+    found = now.moving.get("waiting")  # None of a daemon that was not restarted since this command was installed.
+    if not found:
+        return []
+    some = [
+        f"{printable(one['name'] or 'an image without a name')} ({one['image'][:8]}): "
+        f"{counted(one['reads'], 'read')}, {one['longest']:.1f} s"
+        for one in found[:WAITED_FOR]
+    ]
+    more = f"; and {len(found) - WAITED_FOR} more" if len(found) > WAITED_FOR else ""
+    return [f"for      {'; '.join(some)}{more}"]
 
 
 @dataclass(frozen=True)
@@ -236,15 +264,18 @@ def _flights(now: Look, columns: int | None, most: int | None) -> list[str]:
     assert now.moving is not None
     names = {row["id"]: row["name"] for row in now.moving["images"]}
     flights = now.moving["flights"]
+    length = distinct([flight["image"] for flight in flights])
     rows = [
         (
-            flight["image"][:8], printable(names.get(flight["image"]) or ""), flight["priority"],
+            flight["image"] if columns is None else flight["image"][:length],
+            printable(names.get(flight["image"]) or ""),
+            flight["priority"],
             size(flight["start"]), size(flight["arrived"]), size(flight["length"]), str(flight["readers"]),
         )
         for flight in flights[:most]
     ]  # fmt: skip
     header = ("FLIGHT", "NAME", "FOR", "FROM", "ARRIVED", "OF", "READERS")
-    return table(header, rows, ("FROM", "ARRIVED", "OF", "READERS"), columns)
+    return table(header, rows, ("FROM", "ARRIVED", "OF", "READERS"), columns, ("FROM", "FOR", "READERS"))
 
 
 def _images(now: Look, columns: int | None, most: int | None) -> list[str]:
@@ -263,4 +294,4 @@ def _images(now: Look, columns: int | None, most: int | None) -> list[str]:
     header: Sequence[str] = ("IMAGE", "NAME", "SIZE", "HERE", "OPEN", "WAITING", "PRIORITY", "STATE")
     if columns is not None and columns < WIDE and all(row["priority"] == "normal" for row in shown):
         header, rows = without(header, 6), [without(row, 6) for row in rows]
-    return table(header, rows, ("SIZE", "HERE", "OPEN", "WAITING"), columns)
+    return table(header, rows, ("SIZE", "HERE", "OPEN", "WAITING"), columns, ("SIZE", "OPEN", "PRIORITY", "HERE"))

@@ -131,7 +131,7 @@ class _Replay:
 class Traces:
     """See the module. `run` is its task, `save` is for the end; everything else is called on the loop. `seconds`
     is how long is recorded, 0 for never. `names_of` gives what the content of an image is called, the best name
-    first; `images` all that are known. `clock` gives the seconds since 1970."""
+    first; `images` all that are known, `name_of` what people call one. `clock` gives the seconds since 1970."""
 
     def __init__(
         self,
@@ -144,10 +144,12 @@ class Traces:
         seconds: float,
         names_of: Callable[[str], Sequence[str]],
         images: Callable[[], Iterable[str]] = lambda: (),
+        name_of: Callable[[str], str | None] = lambda image: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store, self._fetcher, self._blocks, self._uses, self._leases = store, fetcher, blocks, uses, leases
         self._seconds, self._names_of, self._images, self._clock = seconds, names_of, images, clock
+        self._name_of = name_of
         self._known: dict[bytes, _Known] = {}
         self._recordings: dict[ViewNo, _Recording] = {}
         self._replays: dict[ViewNo, _Replay] = {}
@@ -525,6 +527,7 @@ class Traces:
                     "content": content,
                     "kind": kind.name.lower(),
                     "images": images.get(content, []),
+                    "names": [self._name_of(image) for image in images.get(content, [])],
                     "size": known.size,
                     "blocks": known.blocks,
                     "runs": known.runs,

@@ -96,6 +96,17 @@ def wrapped(text: str, columns: int | None, indent: str = "") -> list[str]:
     return lines
 
 
+def folded(text: str, columns: int) -> list[str]:
+    """Lines of `columns` at most, cut between words; a word that is longer has a line of its own, and is whole."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        if lines and width(lines[-1]) + 1 + width(word) <= columns:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
 def padded(text: str, columns: int, *, right: bool = False) -> str:
     space = " " * max(columns - width(text), 0)
     return space + text if right else text + space

@@ -36,6 +36,9 @@ TOOLS = {
 }
 SPACE_BYTES = 4 << 30
 
+# Of a read that needs Glance while it is away.
+READ_DEADLINE_S = 3
+
 _COMMAND_MAX_S = 120.0
 _READY_MAX_S = 30.0
 _STOP_MAX_S = 20.0
@@ -54,7 +57,7 @@ log_file = {folder}/{log}
 [mount]
 mountpoint = {folder}/mnt
 allow_other = {others}
-read_deadline = 3
+read_deadline = {deadline}
 
 [store]
 path = {folder}/store
@@ -154,7 +157,11 @@ class Stage:
     def start_daemon(self) -> None:
         self.configuration.write_text(
             _CONFIGURATION.format(
-                folder=self.folder, log=LOG, others=os.geteuid() == 0, endpoint=self.glance.endpoint
+                folder=self.folder,
+                log=LOG,
+                others=os.geteuid() == 0,
+                endpoint=self.glance.endpoint,
+                deadline=READ_DEADLINE_S,
             )
         )
         ready = self.folder / "notify.sock"

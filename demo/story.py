@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from demo import disk
-from demo.stage import LOG, Stage, cachefs
+from demo.stage import LOG, READ_DEADLINE_S, Stage, cachefs
 from demo.terminal import StepFailed, Terminal, as_typed, size
 
 RAW, QCOW2, NEXT = "demo-linux-1.1", "demo-linux-1.1-qcow2", "demo-linux-1.2-qcow2"
@@ -63,6 +63,7 @@ class Story:
             self._upload(RAW, self._disks[1], "raw")
             for name, build in ((QCOW2, 1), (NEXT, 2)):
                 image = stage.folder / f"{name}.img"
+                t.begin(f"build {build} as a qcow2")
                 stage.run(["qemu-img", "convert", "-O", "qcow2", str(self._disks[build]), str(image)])
                 self._upload(name, image, "qcow2")
                 image.unlink()
@@ -79,6 +80,7 @@ class Story:
         return written
 
     def _upload(self, name: str, image: Path, image_format: str) -> None:
+        self._terminal.begin(f"upload of {name}, {size(image.stat().st_size)}")
         self._stage.glance.upload(name, image, image_format)
         self._sizes[name] = image.stat().st_size
 
@@ -140,14 +142,17 @@ class Story:
         t.line()
         t.fact("took", f"{cost.seconds:.2f} s, without Glance")
         t.line()
-        t.say("What nobody has read yet is not here. Fetching the rest in the background is off in this demo.")
+        t.say(
+            "What nobody has read yet is not here. Fetching the rest in the background is off in this demo. A "
+            f"read of it waits {READ_DEADLINE_S} s for Glance, and debugfs tries some:"
+        )
         began_s = time.monotonic()
         out = self._run(self._debugfs(f"dump {_UNREAD[0]} ../dumped"), fails=True)
         t.fact("failed after", f"{time.monotonic() - began_s:.1f} s: an error, never a wrong byte")
         self._claim("nput/output error" in out, "a read that needed Glance did not fail")
-        stage.glance.start()
         t.line()
-        t.say("Glance is back:")
+        t.say("Glance is started again, which takes it some seconds:")
+        stage.glance.start()
         self._drop_page_cache(show=False)
         self._dump(_UNREAD)
 
@@ -196,6 +201,7 @@ class Story:
         """Ends the daemon, so it is not for a demo that goes on."""
         t, stage = self._terminal, self._stage
         t.act("The daemon ends, and its store is verified")
+        t.say("It unmounts, and commits what it has.")
         stage.stop_daemon()
         t.say("Every record, every count and every byte is compared with what it should be.")
         t.command(["cachefs", "check"])

@@ -16,6 +16,7 @@ from cachefs.words import size
 _WIDTH_MAX, _WIDTH_MIN = 100, 60
 _INDENT = "    "
 _LABEL = 22
+_RESULT = 28  # Where what came of a step begins.
 
 BOLD, DIM, RED, GREEN, CYAN = "1", "2", "31", "32", "36"
 
@@ -35,6 +36,7 @@ class Terminal:
         self.step = "starting"
         self._acts = 0
         terminal = sys.stdout.isatty()
+        self._moves = terminal and os.environ.get("TERM") != "dumb"
         self._coloured = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         columns = shutil.get_terminal_size((_WIDTH_MAX, 24)).columns if terminal else _WIDTH_MAX
         self._width = max(_WIDTH_MIN, min(columns, _WIDTH_MAX))
@@ -92,18 +94,29 @@ class Terminal:
         """A step of the setting up; what is put into the list is told at its end."""
         self.step = step
         began_s = time.monotonic()
-        if self._coloured:
-            print(f"   {step} ...", end="", flush=True)
+        self.begin(step)
         found: list[str] = []
         try:
             yield found
         except BaseException:
-            if self._coloured:
+            if self._moves:
                 print()
             raise
-        text = f"   {step + ':':24} {', '.join(found)}"
         took = f"{time.monotonic() - began_s:.1f} s"
-        self.line(("\r\033[K" if self._coloured else "") + text.ljust(self._width - 8) + self.paint(took, DIM))
+        room = self._width - 8 - _RESULT - 1
+        words = textwrap.wrap(", ".join(found), room, break_on_hyphens=False, break_long_words=False)
+        first, *rest = words or [""]
+        text = f"   {step + ':':24} {first}"
+        self.line(("\r\033[K" if self._moves else "") + text.ljust(self._width - 8) + self.paint(took, DIM))
+        for line in rest:
+            self.line(" " * _RESULT + line)
+
+    def begin(self, what: str) -> None:
+        """What is done now, before it takes its time; in a pipe a line of its own. Within `doing`."""
+        if self._moves:
+            print(f"\r\033[K   {what} ...", end="", flush=True)
+        else:
+            self.line(f"   {what} ...")
 
     def fail(self, text: str) -> None:
         with suppress(OSError):

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -26,6 +27,8 @@ from tests.node import ROOT, missing_for_mounts
 
 SYSTEMD: Final = "/lib/systemd/systemd"
 NAMESPACES: Final = ("--pid", "--fork", "--kill-child", "--mount", "--ipc", "--uts", "--cgroup")
+# Several of them at once have groups of their own: two managers of one would stop each other's services.
+_NUMBERS: Final = count()
 START_TIMEOUT_S: Final = 30.0
 COMMAND_TIMEOUT_S: Final = 120.0
 
@@ -105,9 +108,10 @@ class Systemd:
         self.pid = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._groups: list[Path] = []
+        self._number = next(_NUMBERS)
 
     def __enter__(self) -> Self:
-        self._groups = [group / f"cachefs-test-{os.getpid()}" for group in _groups()]
+        self._groups = [group / f"cachefs-test-{os.getpid()}-{self._number}" for group in _groups()]
         for group in self._groups:
             group.mkdir(exist_ok=True)
         enter = "".join(f"echo $$ > '{group}/cgroup.procs' && " for group in self._groups)

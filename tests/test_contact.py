@@ -39,6 +39,7 @@ class World:
     reached_s: float | None = None
     trouble: str | None = None
     last_error: str | None = None
+    listing_age_s: float | None = None
     greeted_s: list[float] = field(default_factory=list)
     listed: int = 0
 
@@ -220,7 +221,10 @@ def test_a_new_node_that_never_reached_glance_says_so_everywhere(tmp_path: Path)
             node.wait_for_status(lambda now: now["images"]["glance_trouble"])
             status, said = readiness(node)
             assert (status, said["state"]) == (200, "degraded")
-            assert "Listed is what was known before" in node.cli("images").stderr
+            assert (
+                "Shown is what was known before, not listed by Glance since the daemon's start"
+                in node.cli("images").stderr
+            )
             assert IMAGE in node.cli("images").stdout
 
 

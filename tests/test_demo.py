@@ -63,6 +63,13 @@ def test_it_comes_to_its_end_and_leaves_nothing(tmp_path: Path) -> None:
     for said in ("fetched from Glance   0 B of", "Images are identical.", "Input/output error", "sound: "):
         assert said in out
     assert "auth_type = v3applicationcredential" in out
+    lines = out.splitlines()
+    for step in ("a disk", "its next build", "a real Glance", "uploaded to it", "cachefs mounted"):
+        begun = lines.index(f"   {step} ...")
+        assert lines[begun + 1].startswith(f"   {step}:") or step == "uploaded to it", (
+            "it is said before it is done"
+        )
+    assert sum(line.startswith("   upload of ") for line in lines) == 3
 
 
 @pytest.mark.parametrize(

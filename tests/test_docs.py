@@ -269,7 +269,7 @@ def test_the_manual_pages_are_made_and_can_be_shown(tmp_path: Path) -> None:
     for page, words in {
         "cachefs.8": [
             "cachefs prefetch [--wait] [--json] ID...",
-            "FILE A file, or - for standard input.",
+            "FILE What was exported, or - for standard input.",
             "EXIT STATUS",
         ],
         "cachefs.conf.5": ["[store]", "max_size = 80%"],

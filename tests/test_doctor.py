@@ -20,12 +20,12 @@ from typing import Any, Final
 import pytest
 
 from cachefs import config as configuration
-from cachefs import doctor, limited
+from cachefs import doctor, limited, shortened
 from cachefs.config_sample import sample
 from cachefs.hiding import HIDDEN, Hiding
 from cachefs.options import plain_options
 from tests.cloud.service import clean_environment, poll_until
-from tests.node import Node, errno_of, read_direct
+from tests.node import ROOT, Node, errno_of, read_direct
 from tests.origin import IgnoreRange, Kind, OriginImage, ScriptedOrigin, Stall, Status, pattern
 
 MIB: Final = 1 << 20
@@ -427,7 +427,7 @@ def test_a_report_has_what_is_needed_and_no_secret(origin: ScriptedOrigin, tmp_p
         )
         assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
     assert set(archived) == {
-        "configuration.txt", "doctor.json", "flights.json", "kernel.txt", "log.txt", "process.txt", "status.json",
+        "configuration.txt", "doctor.txt", "flights.txt", "kernel.txt", "log.txt", "process.txt", "status.json",
         "tasks.txt", "versions.txt",
     }  # fmt: skip
     assert json.loads(archived["status.json"])["mountpoint"] == str(node.mountpoint)
@@ -437,6 +437,56 @@ def test_a_report_has_what_is_needed_and_no_secret(origin: ScriptedOrigin, tmp_p
     for said in (text, *archived.values()):
         for secret in (IN_CLOUDS, PLAIN, "t" * 30, "gAAAAA"):
             assert secret not in said
+
+
+def test_of_a_report_what_nobody_would_read_is_shortened_and_counted() -> None:
+    ids = [f"{at:08x}-0000-4000-8000-000000000000" for at in range(300)]
+    lines = ["begin", *(f"12:00:{at % 60:02} image {id_} came" for at, id_ in enumerate(ids)), "end"]
+    assert list(shortened.log(lines)) == [*lines[:3], "(297 more lines like these)", *lines[-2:]]
+    assert list(shortened.log(lines[:6])) == lines[:6]
+    found = {
+        "disk": {"state": "healthy"}, "writer": {"commits": 3, "trouble": None},
+        "store": {"disk": {"state": "healthy"}, "commits": 3, "segments": 1},
+        "instances": {"named": dict.fromkeys(ids, "a disk"), "folders": list(range(30))},
+    }  # fmt: skip
+    said = shortened.status(found)
+    assert (said["store"], said["disk"], said["writer"]) == ({"segments": 1}, found["disk"], found["writer"])
+    assert list(said["instances"]["named"].items())[-2:] == [(ids[19], "a disk"), ("and more", 280)]
+    assert said["instances"]["folders"] == [*range(20), "and 10 more"]
+    rows = [{"id": id_, "waiting": 0, "pinned": False, "at_risk": None} for id_ in ids]
+    said_lines = list(shortened.flights({"images": rows}))
+    assert (said_lines[0], said_lines[1]) == ("# images: 300", f'{{"id": "{ids[0]}", "waiting": 0}}')
+    assert said_lines[21:] == ["(and 280 more)"]
+
+
+def test_stacks_end_where_they_wait_and_the_same_is_said_once() -> None:
+    trio = "/opt/venv/lib/python3.11/site-packages/trio"
+    stack = [
+        f"{ROOT}/cachefs/fetcher.py:88 in Fetcher.run",
+        f"{trio}/_sync.py:1 in Event.wait",
+        f"{trio}/_core/x.py:2 in y",
+    ]
+    found = {
+        "reads": [{"image": A, "offset": at, "length": 4096, "waiting": 300.0 - at} for at in range(100)],
+        "tasks": [
+            {"name": "run", "depth": 0, "stack": stack, "times": 1},
+            *(
+                {"name": f"pyfuse-{at}", "depth": 1, "stack": ["/usr/lib/a.py:1 in b"], "times": 2}
+                for at in range(9)
+            ),
+        ],
+        "tasks_in_all": 19,
+        "threads": [
+            {"name": "w", "stack": ["/usr/lib/python3.11/threading.py:1 in boot", f"{trio}/_t.py:3 in z"]}
+        ],
+    }
+    said = list(shortened.tasks(found))
+    assert said[0] == "100 reads wait"
+    assert said[21:] == [
+        "  and 80 more, for less long", "\n19 tasks", "  run", "      cachefs/fetcher.py:88 in Fetcher.run",
+        "      trio/_sync.py:1 in Event.wait", "    pyfuse-… (18 times)", "        /usr/lib/a.py:1 in b",
+        "\n1 thread", "  w", "      trio/_t.py:3 in z",
+    ]  # fmt: skip
 
 
 def test_a_report_without_daemon_or_configuration(tmp_path: Path) -> None:

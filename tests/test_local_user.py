@@ -364,7 +364,8 @@ def test_a_table_on_a_terminal_is_as_long_as_there_are_images(hostile: Node) -> 
     with Terminal([*CACHEFS, "images", "--config-file", str(hostile.config_file)], {}) as terminal:
         assert terminal.end() == 0
         assert OBEYED.findall(terminal.text.replace("\r\n", "\n")) == []
-        assert len(terminal.text.split("\r\n")) == len(HOSTILE) + 3
+        images, note, end = len(HOSTILE) + 1, 1, 1
+        assert len(terminal.text.split("\r\n")) == 1 + images + note + end
 
 
 def test_the_log_has_no_line_that_an_image_wrote(hostile: Node) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -121,6 +122,9 @@ def test_a_boot_is_recorded_replayed_and_carried_to_another_node(
                 ("original", (RAW, SAME), len(BOOT)),
                 ("raw", (QCOW2,), len(BOOT)),
             }
+            listed = one.cli("trace", "list").stdout
+            assert re.search(rf"^{RAW}  .* and 1 other image +images +[\d.]+ [KM]iB +\d+  ", listed, re.M), listed
+            assert re.search(rf"^{QCOW2}  .* raw +[\d.]+ [KM]iB ", listed, re.M), listed
             done = one.cli("trace", "export", "-o", str(file))
             assert (done.returncode, done.stderr) == (0, "")
             assert done.stdout.startswith("2 boot traces, ")
@@ -136,6 +140,7 @@ def test_a_boot_is_recorded_replayed_and_carried_to_another_node(
             assert json.loads(two.cli("trace", "list", "--json").stdout)["traces"] == []
             done = two.cli("trace", "import", str(file))
             assert (done.returncode, done.stdout, done.stderr) == (0, "2 boot traces imported\n", "")
+            assert "(no image here has it)" in two.cli("trace", "list").stdout
             two.kill()  # What was answered outlives a crash.
             two.start()
             origin.clear()

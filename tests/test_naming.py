@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from cachefs.errors import AmbiguousImage, NoEntry
-from cachefs.naming import Naming, meant
+from cachefs.naming import OFFERED_MAX, Naming, meant, offered
 
 A: Final = "21dced0f-d203-4786-9b93-710d2b98aae0"
 B: Final = "21dce000-0000-4000-8000-00000000beef"
@@ -46,14 +46,28 @@ def test_what_is_less_means_nothing(text: str) -> None:
 def test_what_may_be_several_is_said_with_all_of_them() -> None:
     with pytest.raises(AmbiguousImage) as raised:
         meant("21dce", IMAGES)
-    assert str(raised.value) == f"21dce may be any of 2 images: {A} (debian 13), {B} (twice)"
+    assert str(raised.value) == f"21dce may be any of 2 images: {A} (debian 13), {B} (twice); name one by its id"
     with pytest.raises(AmbiguousImage, match="twice may be any of 2 images"):
         meant("twice", IMAGES)
     with pytest.raises(AmbiguousImage, match="any of 3 images"):  # A name, and the beginning of two ids.
         meant("beef", [*IMAGES, Known(A, "beef")])
     many = [Known(f"aaaa{n:04x}-0000-4000-8000-000000000000", None) for n in range(100)]
-    with pytest.raises(AmbiguousImage, match=r"any of 100 images: .* and 95 more$"):
+    with pytest.raises(AmbiguousImage, match=r"any of 100 images: .* and 95 more; name one by its id$"):
         meant("aaaa", many)
+
+
+def test_a_shell_is_offered_plain_names_and_ids_that_were_begun() -> None:
+    evil = [
+        Known(str(B[:-1] + at), name) for at, name in (("1", "x$(id)"), ("2", "a:b"), ("3", "-rf"), ("4", "e\nf"))
+    ]
+    images = [*IMAGES, *evil]
+    assert offered("", images) == sorted(["debian 13", *(image.id for image in images[1:])]), "all of them, once"
+    assert offered("deb", images) == ["debian 13"]
+    assert offered("21dced", images) == [A]
+    assert offered("twice", images) == [], "which of the two?"
+    assert offered("x", images) == offered("-", images) == []
+    many = [Known(A, f"n{at}") for at in range(2 * OFFERED_MAX)]
+    assert len(offered("n", many)) == OFFERED_MAX
 
 
 def test_glance_is_asked_for_what_nobody_knows_yet() -> None:

@@ -3,9 +3,11 @@ its last. The package is built as `make deb` does it, but for what the compiler 
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,8 @@ from tests.cloud.service import clean_environment, poll_until
 from tests.node import ROOT
 from tests.own_systemd import Systemd, missing_for_systemd
 
+# With what sed would take for something else. Lintian believes no example.org.
+MAINTAINER: Final = {"DEBFULLNAME": "Zoë O'Neill & Co.", "DEBEMAIL": "images@cachefs.invalid"}
 BUILD_TIMEOUT_S: Final = 600.0
 MIB: Final = 1 << 20
 SIZE: Final = 12 * MIB + 4711
@@ -98,7 +102,13 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if (lacking := missing_for_package()) is not None:
         pytest.skip(lacking)
     folder = tmp_path_factory.mktemp("package")
-    run(ROOT / "setup/package", "--quick", folder)
+    run(
+        "env",
+        *(f"{name}={value}" for name, value in MAINTAINER.items()),
+        ROOT / "setup/package",
+        "--quick",
+        folder,
+    )
     architecture = run("dpkg", "--print-architecture").strip()
     return folder / f"cachefs_{__version__}_{architecture}.deb"
 
@@ -106,6 +116,37 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_package_is_of_the_programs_version() -> None:
     first = (ROOT / "debian/changelog").read_text().splitlines()[0]
     assert first.startswith(f"cachefs ({__version__}) ")
+
+
+def test_its_maintainer_is_who_builds_it(package: Path, tmp_path: Path) -> None:
+    name, address = MAINTAINER.values()
+    assert run("dpkg-deb", "--field", package, "Maintainer").strip() == f"{name} <{address}>"
+    run("dpkg-deb", "--extract", package, tmp_path)
+    changes = gzip.decompress((tmp_path / "usr/share/doc/cachefs/changelog.gz").read_bytes()).decode()
+    assert re.findall(r"^ -- (.*)  ", changes, re.MULTILINE)[0] == f"{name} <{address}>"
+
+
+def test_without_a_name_the_maintainer_is_an_address_that_leads_nowhere() -> None:
+    nowhere = "cachefs maintainers <maintainers@cachefs.invalid>"
+    assert f"\nMaintainer: {nowhere}\n" in (ROOT / "debian/control").read_text()
+    written = run("dpkg-parsechangelog", "-l", ROOT / "debian/changelog", "-S", "Maintainer")
+    assert written.strip() == nowhere
+
+
+@pytest.mark.parametrize(
+    ("name", "address"), [("A B", ""), ("A", "a@b@c"), ("A\nDepends: evil", "a@b"), ("A", "no address")]
+)
+def test_what_is_no_maintainer_is_refused_before_anything_is_built(
+    name: str, address: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [str(ROOT / "setup/package"), "--quick", str(tmp_path)],
+        env=clean_environment() | {"DEBFULLNAME": name, "DEBEMAIL": address},
+        capture_output=True, text=True, check=False, timeout=BUILD_TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "package: DEBFULLNAME" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lintian_finds_no_error(package: Path) -> None:

@@ -274,6 +274,43 @@ def test_the_disks_of_instances_are_looked_at_where_the_account_may(host: Host) 
 
 
 @needs_systemd
+@pytest.mark.parametrize("store", ["/srv/cachefs", "/var/lib/cachefs"])
+def test_a_node_goes_from_root_to_an_account_and_back(tmp_path: Path, store: str) -> None:
+    tmp_path.chmod(0o755)
+    with ScriptedOrigin([OriginImage.of(IMAGE, "one", BYTES)]) as origin, Systemd(tmp_path) as systemd:
+        host = Host(systemd, as_root=True)
+        host.install(origin.url)
+        configuration = systemd.path("/etc/cachefs/cachefs.conf")
+        configuration.write_text(configuration.read_text() + f"path = {store}\n")
+        systemd.path("/srv").mkdir(exist_ok=True)
+        assert systemd.run("install", "-d", "-m", "0700", store).returncode == 0
+        systemd.systemctl("start", "cachefs.service")
+        assert systemd.run("cachefs", "prefetch", "--wait", IMAGE).returncode == 0
+        systemd.systemctl("stop", "cachefs.service")
+        fetched = origin.data_requests
+
+        def is_served() -> None:
+            systemd.systemctl("start", "cachefs.service")
+            assert host.digest(FILE, *AS_NOBODY) == DIGEST
+            assert origin.data_requests == fetched, "what was cached is cached"
+            systemd.systemctl("stop", "cachefs.service")
+
+        host.prepare_account()
+        systemd.systemctl("daemon-reload")
+        if store != "/var/lib/cachefs":
+            assert systemd.run("systemctl", "start", "cachefs.service").returncode != 0
+            assert f"store {store}: belongs to user 0" in host.log
+            systemd.systemctl("stop", "cachefs.service")
+            assert systemd.run("chown", "-R", "cachefs:cachefs", store).returncode == 0
+        is_served()
+        systemd.path(f"{DROP_INS}/unprivileged.conf").unlink()
+        systemd.systemctl("daemon-reload")
+        if store != "/var/lib/cachefs":
+            assert systemd.run("chown", "-R", "root:root", store).returncode == 0
+        is_served()
+
+
+@needs_systemd
 @as_root_only
 def test_in_a_mount_namespace_of_its_own_nobody_would_see_the_mount(host: Host) -> None:
     """Why the sandbox is no tighter. Should this fail one day, it can be."""

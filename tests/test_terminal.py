@@ -6,8 +6,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +17,7 @@ from typing import Any, Final
 import pyte
 import pytest
 
-from cachefs import answers, asking, cli, completion
+from cachefs import answers, asking, cli, completion, shown
 from cachefs.errors import ControlError
 from cachefs.shown import JSON_FORMAT, Pace, table
 from cachefs.top import Look, frame
@@ -55,6 +57,7 @@ def test_a_table_fits_its_terminal_and_not_a_pipe() -> None:
         lines = table(("ID", "NAME", "SIZE"), rows, ("SIZE",), columns)
         assert all(width(line) <= columns for line in lines)
         assert lines[1].startswith(A), "what one copies is whole"
+        assert lines[1].endswith("8.0 MiB"), "a number that is cut is another one"
     lines = table(("ID", "NAME", "SIZE"), rows, ("SIZE",))
     assert LONG.strip() in lines[1]
     assert len({width(line) for line in lines}) == 1
@@ -81,6 +84,69 @@ def test_images_keep_their_names_on_a_narrow_terminal() -> None:
     assert [cell[0] for cell in cells] == [A, "91000000-0000-4000-8000-00000000000a", B], (
         "less would be two images"
     )
+
+
+def test_a_narrow_table_has_what_matters_and_lacks_what_was_named() -> None:
+    header = ("ID", "NAME", "FORMAT", "SIZE", "CACHED", "STATE")
+    rows = [(A[:8], LONG, "qcow2", "300.0 MiB", "10.0 MiB", "partial")]
+    drop = ("FORMAT", "SIZE")
+
+    def shown_at(columns: int) -> list[list[str]]:
+        lines = table(header, rows, ("SIZE", "CACHED"), columns, drop)
+        assert all(width(line) <= columns for line in lines)
+        return [line.split() for line in lines]
+
+    assert shown_at(120)[0] == list(header)
+    assert shown_at(60)[0] == ["ID", "NAME", "SIZE", "CACHED", "STATE"]
+    head, row = shown_at(40)
+    assert (head, row[0], row[-3:]) == (["ID", "NAME", "CACHED", "STATE"], A[:8], ["10.0", "MiB", "partial"])
+    assert shown_at(20)[0] == ["ID", "NAME"]
+
+
+def test_rows_go_on_between_words_and_ids_stay_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digest = "0123456789abcdef" * 8
+    rows = [("image", A), ("kept because", "it is pinned and somebody has it open"), ("hash", f"sha512 {digest}")]
+    monkeypatch.setattr(shown, "is_terminal", lambda stream: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(shown, "columns_of", lambda stream: 40)
+    shown.print_rows(rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "image:",
+        f"  {A}",
+        "kept because: it is pinned and somebody",
+        "              has it open",
+        "hash:",
+        "  sha512",
+        f"  {digest}",
+    ]
+    monkeypatch.setattr(shown, "is_terminal", lambda stream: False)
+    shown.print_rows(rows)
+    assert capsys.readouterr().out.splitlines()[1] == "kept because: it is pinned and somebody has it open"
+
+
+def test_from_when_a_listing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_796_000_000.0)
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(1_795_990_000))
+    assert answers.listed_words(1_795_999_988.0) == "listed by Glance 12 s ago"
+    assert answers.listed_words(1_795_990_000.0) == f"listed by Glance 2 h 46 min ago, {day}"
+    assert answers.listed_words(None) == "not listed by Glance since the daemon's start"
+
+
+def test_names_that_several_images_have_are_named_with_their_ids() -> None:
+    def row(number: int, name: str, *others: int) -> dict[str, object]:
+        ids = [f"{at:08x}-0000-4000-8000-000000000000" for at in (number, *others)]
+        return {"id": ids[0], "name": name, "same_name": ids[1:]}
+
+    assert answers.namesakes_words([row(1, "a"), row(2, "b")]) is None
+    assert answers.namesakes_words([row(1, "a", 2), row(2, "a", 1), row(3, "b")]) == (
+        "by-name/ has no link for this name, which several images have: a (00000001, 00000002)"
+    )
+    many = [row(at, f"n{at // 2}", at ^ 1) for at in range(20)]
+    said = answers.namesakes_words(many)
+    assert said is not None
+    assert said.endswith("n4 (00000008, 00000009) and 5 more")
 
 
 def test_words_are_wrapped_between_words_and_nothing_is_lost() -> None:
@@ -292,6 +358,33 @@ def test_a_store_that_was_never_made_is_no_broken_one(tmp_path: Path, capsys: py
         assert capsys.readouterr().err == f"cachefs: store {path}: there is no store there yet\n"
 
 
+def test_an_offline_check_needs_nothing_of_glance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, store = tmp_path / "cachefs.conf", tmp_path / "store"
+    nothing = f"cachefs: store {store}: there is no store there yet\n"
+    for text, said in (
+        (f"[store]\npath = {store}\n", nothing),
+        (f"[store]\npath = {store}\n[glance]\nauth_type = none\n", nothing),
+        (f"[stroe]\npath = {store}\n", f"cachefs: [stroe]: {file}:1: unknown section: did you mean store?\n"),
+        (f"[store]\npaht = {store}\n", f"cachefs: store/paht: {file}:2: unknown option: did you mean path?\n"),
+    ):
+        file.write_text(text)
+        for repair in ([], ["--repair"]):
+            assert cli.main(["check", "--config-file", str(file), *repair]) == (2 if repair else 1)
+            assert capsys.readouterr().err == said
+
+
+def test_where_the_configuration_is_may_be_said_to_every_command_and_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cachefs.conf"
+    assert cli.main(["config", "sample", "--config-file", str(file)]) == 0
+    file.write_text(sample := capsys.readouterr().out)
+    assert sample.startswith("# /etc/cachefs/cachefs.conf")
+    assert cli.main(["completion", "bash", "--config-dir", str(tmp_path)]) == 0
+    before = cli.parsed(["--config-file", "a", "--config-dir", "b", "config", "check", "--config-file", "c"])
+    assert (before.config_file, before.config_dir) == (["a", "c"], ["b"])
+
+
 @pytest.mark.mount
 def test_who_stops_waiting_for_a_prefetch_is_told_that_it_goes_on(node: Node, origin: ScriptedOrigin) -> None:
     assert node.cli("evict", A).returncode == 0
@@ -334,6 +427,36 @@ def test_an_image_is_named_by_the_beginning_of_its_id_or_by_its_name(node: Node)
 
 
 @pytest.mark.mount
+def test_a_name_that_two_images_have_is_said_and_never_guessed(tmp_path: Path) -> None:
+    with (
+        ScriptedOrigin([OriginImage(id_, "twice", SIZE, pattern(SIZE)) for id_ in (A, B)]) as origin,
+        Node(tmp_path, origin.url, glance={"listing_ttl": 0}) as node,
+    ):
+        assert os.listdir(node.mountpoint / "by-name") == []
+        with on_terminal(node, "images") as terminal:
+            assert terminal.end() == 0
+        assert "by-name/ has no link for this name, which several images have: twice" in terminal.text
+        assert "2 images, listed by Glance " in terminal.text
+        assert "by-name" not in node.cli("images").stdout, "in a pipe each line is an image"
+        found = json.loads(node.cli("images", "--json").stdout)
+        assert {row["id"]: row["same_name"] for row in found["images"]} == {A: [B], B: [A]}
+        assert abs(found["glance"]["listed"] - time.time()) < 60
+        assert re.search(
+            rf"^by name: +no link: 1 other image has this name: {B}$", node.cli("image", A).stdout, re.M
+        )
+        for command in ("image", "pin", "unpin", "evict", "prefetch"):
+            done = node.cli(command, "twice")
+            assert (done.returncode, done.stdout) == (1, "")
+            assert A in done.stderr
+            assert B in done.stderr
+        origin.stop()
+        node.cli("images")
+        said = node.cli("images").stderr
+        assert ". Shown is what was known before, listed by Glance " in said
+        assert re.search(r"^images: .*; listed by Glance \d+ s ago$", node.cli("status").stdout, re.M)
+
+
+@pytest.mark.mount
 def test_exit_statuses(node: Node) -> None:
     unknown = "90000000-0000-4000-8000-00000000dead"
     statuses = {
@@ -372,6 +495,8 @@ def test_top_fills_a_screen_and_no_more(node: Node, columns: int, lines: int) ->
     shown = [line.rstrip() for line in screen.display]
     assert shown[0].startswith("cachefs "), "nothing has scrolled"
     assert shown[1].startswith("guests   ")
+    if lines > 12:
+        assert any(line.startswith("guests   ") for line in shown)
     images = next(at for at, line in enumerate(shown) if line.startswith("IMAGE "))
     if lines > 12:
         assert shown[images + 1].startswith(B[:8])
@@ -391,6 +516,14 @@ def test_a_frame_fits_any_terminal(node: Node) -> None:
     for columns, height in ((20, 5), (60, 12), (80, 24), (200, 50)):
         lines = frame(now, before, columns, height)
         assert all(width(re.sub(r"\x1b\[\d*m", "", line)) <= columns for line in lines)
+    moving["waiting"] = [
+        {"image": id_, "name": n, "reads": 2, "longest": 7.25} for id_, n in ((A, "debian"), (B, None))
+    ]
+    said = frame(now, None, None, None)
+    assert "for      debian (90000000): 2 reads, 7.2 s; an image without a name (90000000): 2 reads, 7.2 s" in said
+    small = [re.sub(r"\x1b\[\d*m", "", line) for line in frame(now, before, 40, 40)]
+    assert all(width(line) <= 40 for line in small)
+    assert "reads," in " ".join(small), "the head goes on in the next line"
     gone = frame(Look(3.0, error="away\x1b[2J"), now, 80, 24)
     assert "away" in gone[0]
     assert "\x1b[2J" not in "".join(gone)
@@ -448,6 +581,50 @@ def test_completion(line: list[str], wanted: list[str], tmp_path: Path) -> None:
     )
     assert sorted(done.stdout.split()) == wanted
     assert done.stderr == ""
+
+
+def completed(tmp_path: Path, *line: str) -> list[str]:
+    """What bash is offered for the last of these words."""
+    script = tmp_path / "cachefs.bash"
+    script.write_text(completion.bash(cli.parser()))
+    program = Path(sys.executable).with_name("cachefs")
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE, "bash", str(script), str(program), *line],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return [text for text in done.stdout.split("\n") if text]
+
+
+@pytest.mark.mount
+def test_images_are_completed_from_what_the_daemon_knows(tmp_path: Path) -> None:
+    images = [OriginImage(A, "debian 13", SIZE, pattern(SIZE)), OriginImage(B, "$(id)", SIZE, pattern(SIZE))]
+    with ScriptedOrigin(images) as origin, Node(tmp_path, origin.url) as node:
+        os.listdir(node.mountpoint / "images")
+        where = ("--config-file", str(node.config_file))
+        for command in (("pin",), ("unpin",), ("evict",), ("image",), ("prefetch", "--wait"), ("trace", "export")):
+            assert completed(tmp_path, *command, *where, "deb") == ["debian 13"]
+            assert completed(tmp_path, *where, *command, "90000000") == [A, B]
+        for begun in ("'debian 1", '"debian 1', "debian\\ 1"):
+            assert completed(tmp_path, "pin", *where, begun) == ["debian 13"]
+        assert completed(tmp_path, "pin", "--config-file", "=", str(node.config_file), "d") == ["debian 13"]
+        assert completed(tmp_path, "pin", *where, "") == [B, "debian 13"], "names, and ids where there is none"
+        assert completed(tmp_path, "pin", *where, "$") == []
+        assert completed(tmp_path, "pin", *where, "ubuntu", ":", "d") == []
+        assert completed(tmp_path, "pin", *where, "--js") == ["--json"]
+
+
+def test_no_image_is_completed_while_no_daemon_answers(tmp_path: Path) -> None:
+    file, where = tmp_path / "cachefs.conf", tmp_path / "control.sock"
+    file.write_text(f"[control]\nsocket = {where}\n")
+    assert completed(tmp_path, "pin", "--config-file", str(file), "d") == []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hung:
+        hung.bind(str(where))
+        hung.listen()
+        began_s = time.monotonic()
+        assert completed(tmp_path, "pin", "--config-file", str(file), "d") == []
+        assert time.monotonic() - began_s < asking.ANSWER_WAIT_S / 3
+    assert completed(tmp_path, "pin", "--config-file", str(tmp_path / "none"), "d") == []
 
 
 def test_the_completion_command_prints_that() -> None:

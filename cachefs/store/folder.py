@@ -105,13 +105,18 @@ def require_own(folder: Path) -> None:
     except OSError as error:
         raise StoreUnusable(str(folder), f"cannot be used: {error.strerror}") from error
     if info.st_uid != os.geteuid():
-        raise StoreUnusable(str(folder), f"belongs to user {info.st_uid}, and this is user {os.geteuid()}")
+        raise StoreUnusable(str(folder), _not_own("", info.st_uid))
     if info.st_mode & BY_OTHERS:
         raise StoreUnusable(
             str(folder), f"others may write into it: look at what is there, then chmod 0700 {folder}"
         )
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise StoreUnusable(str(folder), "cannot be read and written by this user")
+
+
+def _not_own(part: str, owner: int) -> str:
+    said = f"{part}belongs to user {owner}, and this is user {os.geteuid()}"
+    return f"{said}: run it as that user, or, if the daemon has another account now, chown -R the store to it"
 
 
 def _require_own_part(folder: Path, part: str, *, a_folder: bool) -> None:
@@ -128,7 +133,7 @@ def _require_own_part(folder: Path, part: str, *, a_folder: bool) -> None:
     if not a_folder and not stat.S_ISREG(info.st_mode):
         raise StoreUnusable(str(folder), f"{part} is no regular file: a store has its own files")
     if info.st_uid != os.geteuid():
-        raise StoreUnusable(str(folder), f"{part} belongs to user {info.st_uid}, and this is user {os.geteuid()}")
+        raise StoreUnusable(str(folder), _not_own(f"{part} ", info.st_uid))
     if info.st_mode & BY_OTHERS:
         raise StoreUnusable(str(folder), f"others may write into {part}: chmod go-w {folder / part}")
     if not a_folder and info.st_nlink > 1:
