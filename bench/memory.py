@@ -20,11 +20,11 @@ SPARE = 20 * GIB
 def run(lab: Lab) -> Iterator[Row]:
     """The origin computes its bytes. All is kept where the disk has room; otherwise what fits into 1 GiB, and the
     rest is served only."""
-    large = 4 * GIB if lab.quick else 20 * GIB
+    large = 8 * GIB if lab.quick else 20 * GIB
     keep = shutil.disk_usage(lab.folder).free > large + SPARE
     options = {"max_size": "100%" if keep else "1G"}
     peaks = {}
-    for size in (SMALL, large):
+    for size in (SMALL, large // 2, large):
         image = str(UUID(int=size))
         with (
             ScriptedOrigin([OriginImage(image, "stream", size, pattern(size))]) as origin,
@@ -41,6 +41,8 @@ def run(lab: Lab) -> Iterator[Row]:
                 f"{node.status()['store']['bytes_not_kept'] // GIB} GiB not kept"
             )
     kept = "all kept" if keep else "1 GiB kept"
-    yield Row("memory", f"peak while {SMALL // GIB} GiB stream, {kept}", peaks[SMALL] / MIB, "MiB", target=250)
-    yield Row("memory", f"peak while {large // GIB} GiB stream, {kept}", peaks[large] / MIB, "MiB", target=250)
-    yield Row("memory", "  grown with the image by", peaks[large] / peaks[SMALL], target=1.1)
+    for size, peak in peaks.items():
+        yield Row("memory", f"peak while {size // GIB} GiB stream, {kept}", peak / MIB, "MiB", target=250)
+    # Not of the smallest: it is over before all that is bounded (memory for what is on its way, maps) is full.
+    grown = peaks[large] / peaks[large // 2]
+    yield Row("memory", "  twice the image / half of it", grown, target=1.1)

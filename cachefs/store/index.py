@@ -22,6 +22,7 @@ from cachefs.errors import StoreUnreadable, StoreUnusable
 from cachefs.store import format as f
 from cachefs.store.format import Chunk, ChunkId, Recipe, SpanNo, Table, ViewNo
 
+TRIM_DIGESTS = 64
 MAP_SIZE_FIRST = 256 << 20  # Address space, not disk: LMDB grows its file as it fills it.
 _READERS_MAX = 512
 
@@ -259,10 +260,17 @@ class Index:
             while cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix):
                 cursor.delete()
         digests = self._tables[Table.DIGESTS]
-        for digest, chunk in writes.digests_removed:
+        for digest, chunk in self._trimmed_between(writes.digests_removed):
             txn.delete(digest, f.chunk_key(chunk), db=digests)
-        for digest, chunk in writes.digests_added:
+        for digest, chunk in self._trimmed_between(writes.digests_added):
             txn.put(digest, f.chunk_key(chunk), db=digests)
+
+    def _trimmed_between(self, pairs: Iterable[tuple[bytes, ChunkId]]) -> Iterator[tuple[bytes, ChunkId]]:
+        """Each lies on another page of a large table, and touching one page maps sixteen."""
+        for done, pair in enumerate(pairs, 1):
+            yield pair
+            if done % TRIM_DIGESTS == 0:
+                self.trim()
 
     def _grow(self) -> None:
         with self._alone():

@@ -38,7 +38,7 @@ GROUP_BYTES = 16 << 20
 COMMIT_BYTES = 64 << 20
 # Looking for chunks like those of a span touches some 100 pages of a large index: after so many landings they
 # count as this process's memory no more.
-TRIM_LANDINGS = 16
+TRIM_LANDINGS = 2
 # With this much landed and not committed, landing waits for the disk: a bound on what a crash can lose.
 UNCOMMITTED_BYTES_MAX = 1 << 30
 # More holes than this are made by several threads.
