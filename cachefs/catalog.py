@@ -28,7 +28,7 @@ from cachefs.errors import (
     OriginError,
     OriginUnavailable,
 )
-from cachefs.namespace import image_id, unique_links
+from cachefs.namespace import base_name, image_id, is_base_name, unique_links
 from cachefs.plan import metadata
 from cachefs.sources import Registry
 from cachefs.store.content import Store
@@ -55,6 +55,8 @@ GONE = "gone"
 LOOK_S = 60.0
 # What is leased and was not listed is asked for by itself: of each listing so many, each so often.
 CONFIRMED_MAX, CONFIRM_EVERY_S = 50, 600.0
+# Listings for names of Nova's that are unknown: no more than one in so many seconds.
+BASES_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,7 @@ class Catalog:
         self._listing_ttl_s, self._negative_ttl_s = listing_ttl_s, negative_ttl_s
         self._images: dict[str, Image] = {}
         self._by_number: dict[int, Image] = {}
+        self._bases: dict[bytes, str] = {}
         self._links: dict[bytes, int] | None = None
         self._checked_s: dict[str, float] = {}
         self._unknown_until_s: dict[str, float] = {}
@@ -320,6 +323,10 @@ class Catalog:
         if known is not None and known.verified:
             self._keep(replace(known, verified=False))
 
+    def id_of_base(self, name: bytes) -> str | None:
+        """The image whose file Nova calls so, if it is known. From any thread."""
+        return self._bases.get(name)
+
     # ── asking ──
 
     async def lookup(self, image: str) -> Image:
@@ -344,6 +351,23 @@ class Catalog:
         if not self.claims.leased(image):
             self._let_go(found)
         return None
+
+    async def lookup_base(self, name: bytes) -> Image:
+        """The image whose file Nova calls so. Glance cannot be asked for a SHA-1: an unknown one has all images
+        listed, unless that was within `negative_ttl_s`, however many names are asked for. Raises NoEntry, also
+        when Glance does not say: whoever asks is to go on then."""
+        if name not in self._bases and is_base_name(name):
+            now, due_s = trio.current_time(), self._listed_s + max(self._negative_ttl_s, BASES_EVERY_S)
+            if ("" in self._asking or now >= due_s) and now >= self._unwell_until_s:
+                try:
+                    await self._ask("", self._ask_all, UNKNOWN_WAIT_S)
+                except OriginError as error:
+                    log.debug("taken for unknown: %s", error)
+        image = self._bases.get(name)
+        found = self._there(image) if image is not None else None
+        if found is None:
+            raise NoEntry(name)
+        return found
 
     async def openable(self, image: str) -> Image:
         """The image, if it may be opened now: looked at anew when that was long ago and Glance is well. Raises
@@ -526,6 +550,8 @@ class Catalog:
     def _know(self, image: Image) -> None:
         if self._images.get(image.id) != image:
             self._links = None
+        if image.id not in self._images:
+            self._bases[base_name(image.id)] = image.id
         self._images[image.id] = self._by_number[image.number] = image
         if self._listed is not None:
             self._listed.add(image.id)
@@ -560,7 +586,7 @@ class Catalog:
                 self._let_go(image)
 
     def _let_go(self, image: Image) -> None:
-        del self._images[image.id], self._by_number[image.number]
+        del self._images[image.id], self._by_number[image.number], self._bases[base_name(image.id)]
         self._links = None
         self._store.drop_image(image.id)
         self._store.end_views(image.id)

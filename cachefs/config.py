@@ -28,6 +28,7 @@ NO_FILE: Final = (
     "there is no such file: write one (`cachefs config sample` shows how), or name yours with --config-file"
 )
 
+NOVA_ACCOUNT: Final = "nova"  # As the distributions name it.
 SOCKET_PATH_MAX: Final = 107  # sun_path of unix(7), less its final zero.
 
 
@@ -42,6 +43,14 @@ class MountConfig:
     gid: int
     file_mode: int
     read_deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class NovaConfig:
+    enabled: bool
+    uid: int
+    gid: int
+    view: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +148,7 @@ class LogConfig:
 @dataclass(frozen=True, slots=True)
 class Config:
     mount: MountConfig
+    nova: NovaConfig
     store: StoreConfig
     glance: GlanceConfig
     hydration: HydrationConfig
@@ -262,17 +272,33 @@ def _policy_options(precache: cfg.ConfigOpts.GroupAttr) -> dict[str, dict[str, s
     return found
 
 
+def _nova(conf: cfg.ConfigOpts, mount: MountConfig) -> NovaConfig:
+    try:
+        account = pwd.getpwnam(NOVA_ACCOUNT)
+        uid, gid = account.pw_uid, account.pw_gid
+    except KeyError:
+        uid, gid = mount.uid, mount.gid
+    nova = conf.nova
+    uid, gid = uid if nova.uid is None else nova.uid, gid if nova.gid is None else nova.gid
+    return NovaConfig(nova.enabled, uid, gid, nova.view)
+
+
+def _mount(mount: cfg.ConfigOpts.GroupAttr) -> MountConfig:
+    return MountConfig(
+        mountpoint=mount.mountpoint,
+        allow_other=mount.allow_other,
+        uid=os.geteuid() if mount.uid is None else mount.uid,
+        gid=os.getegid() if mount.gid is None else mount.gid,
+        file_mode=mount.file_mode,
+        read_deadline=mount.read_deadline,
+    )
+
+
 def _config(conf: cfg.ConfigOpts) -> Config:
-    mount, store, glance, scrub = conf.mount, conf.store, conf.glance, conf.scrub
+    mount, store, glance, scrub = _mount(conf.mount), conf.store, conf.glance, conf.scrub
     return Config(
-        mount=MountConfig(
-            mountpoint=mount.mountpoint,
-            allow_other=mount.allow_other,
-            uid=os.geteuid() if mount.uid is None else mount.uid,
-            gid=os.getegid() if mount.gid is None else mount.gid,
-            file_mode=mount.file_mode,
-            read_deadline=mount.read_deadline,
-        ),
+        mount=mount,
+        nova=_nova(conf, mount),
         store=StoreConfig(
             path=store.path,
             max_size=store.max_size,

@@ -23,7 +23,8 @@ from cachefs import __version__, logs
 from cachefs.blocks import Blocks
 from cachefs.config import Config
 from cachefs.errors import CachefsError
-from cachefs.fuse import Mount, require_mountpoint
+from cachefs.fuse import Mount
+from cachefs.mountpoint import require_mountpoint
 from cachefs.node import Node, limits
 from cachefs.notify import notify, watchdog_s
 from cachefs.stacks import log_stacks
@@ -71,7 +72,10 @@ async def _main(config: Config, patience: Patience) -> None:
         health=Health(patience=patience),
     )
     try:
-        await _serve(Node(config, store))
+        node = Node(config, store)
+        await _serve(node)
+        if node.nova is not None:
+            node.nova.scratch.close()
     finally:
         store.close()
     logs.say_what_was_counted()

@@ -10,6 +10,7 @@ them (`again`), because a traceback belongs to one raise.
     ├── ListenError            the address of the metrics cannot be listened at
     ├── Refused                the daemon said no to a command
     ├── NamespaceError         a name or an operation the tree does not have
+    ├── ScratchFailed          a scratch file in nova/ could not be read or written
     ├── StoreError             the local store cannot be used, or a part of it is not what it should be
     ├── FormatError            an image is refused for what its bytes say
     ├── TraceRefused           a file of boot traces is not what it should be
@@ -175,6 +176,19 @@ class NotPermitted(NamespaceError):
         super().__init__(f"image {image} {reason}")
         self.args = image, reason
         self.image = image
+
+
+class ScratchFailed(CachefsError):
+    """What the store's filesystem said of a scratch file, `what`. Its errno is `code`."""
+
+    def __init__(self, what: object, error: OSError) -> None:
+        super().__init__(what, error)
+        self.what, self.code = what, error.errno or errno.EIO
+        self.strerror = error.strerror or str(error)
+
+    def __str__(self) -> str:
+        what = self.what.decode(errors="backslashreplace") if isinstance(self.what, bytes) else self.what
+        return f"scratch file {what}: {self.strerror}"
 
 
 # ── The store ─────────────────────────────────────────────────────────────────────────────────────────

@@ -12,13 +12,10 @@ import errno
 import itertools
 import logging
 import os
-import re
 import stat
-import subprocess
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
@@ -28,7 +25,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from cachefs import logs
 from cachefs.blocks import Blocks
-from cachefs.catalog import GONE, SIZE_MAX, Catalog, Image
+from cachefs.catalog import SIZE_MAX, Catalog, Image
 from cachefs.config import MountConfig
 from cachefs.errors import (
     CachefsError,
@@ -38,25 +35,34 @@ from cachefs.errors import (
     NoEntry,
     NotPermitted,
     OriginError,
+    ReadOnly,
+    ScratchFailed,
     word_of,
 )
 from cachefs.guest_disks import PLAIN, GuestDisks
 from cachefs.histogram import MEMORY_S, Timed
+from cachefs.image_state import state_of
 from cachefs.leases import Leases
+from cachefs.mountpoint import prepare_mountpoint, tune
 from cachefs.namespace import (
     FOLDERS,
     Folder,
     Node,
     Overlay,
+    ScratchNode,
     Slot,
+    base_name,
     image_id,
     inode_of,
     node_of,
     overlay_inode,
+    scratch_inode,
     size_name,
     size_of,
 )
 from cachefs.notices import Notices
+from cachefs.nova_folder import NovaFolder
+from cachefs.scratch import Attributes, Changes, Owner, ScratchFile
 from cachefs.store.content import Store
 from cachefs.store.format import ViewKind, ViewNo
 from cachefs.store.view import StoredView
@@ -72,10 +78,7 @@ Answer = TypeVar("Answer")
 Args = TypeVarTuple("Args")
 
 TASKS_MAX = 16384
-BACKGROUND_MAX = 65535  # What the kernel's field holds.
-READ_AHEAD_KIB = 1024  # One FUSE request of 256 pages.
 SIZES_MAX = 10_000
-CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 # Bytes never change, sizes neither; how much is cached does, until all of it is. In seconds.
 ATTR_TIMEOUT_S, ATTR_TIMEOUT_FILE_S, ATTR_TIMEOUT_PARTIAL_S = 3600.0, 60.0, 1.0
@@ -96,11 +99,14 @@ class Filesystem(pyfuse3.Operations):
         leases: Leases,
         disks: GuestDisks,
         negative_ttl_s: float,
+        nova: NovaFolder | None = None,
     ) -> None:
         super().__init__()
         self._config, self._catalog, self._store, self._blocks = config, catalog, store, blocks
         self._leases, self._disks, self._negative_ttl_s = leases, disks, negative_ttl_s
-        self._open: dict[int, _Opened] = {}
+        self._nova = nova
+        self._tops = {n: folder for n, folder in FOLDERS.items() if nova is not None or folder is not Folder.NOVA}
+        self._open: dict[int, _Opened | _OpenedScratch] = {}
         self._by_inode: dict[int, list[_Opened]] = {}
         # Sizes that were looked up and not opened: what their inodes stand for.
         self._sizes: dict[tuple[str, int], ViewNo] = {}
@@ -170,12 +176,14 @@ class Filesystem(pyfuse3.Operations):
         return data
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return await _answer(self._open_image, inode, flags)
+        return await _answer(self._open_file, inode, flags)
 
-    async def _open_image(self, inode: int, flags: int) -> FileInfo:
+    async def _open_file(self, inode: int, flags: int) -> FileInfo:
+        node = node_of(inode)
+        if isinstance(node, ScratchNode):
+            return self._open_scratch(await self._in_nova(Folder.NOVA).scratch.open(node.number, flags))
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise FUSEError(errno.EROFS)
-        node = node_of(inode)
         image_id, size = self._overlay(node) if isinstance(node, Overlay) else (self._image(inode).id, 0)
         image = await self._catalog.openable(image_id)
         if image.condemned is not None:
@@ -210,13 +218,16 @@ class Filesystem(pyfuse3.Operations):
     def _read_by(self, handle: int, view: View) -> None:
         """From now on what the handle reads is read by `view`."""
         opened = self._open.get(handle)
-        if opened is not None:
-            self._open[handle] = opened._replace(view=view)
+        if isinstance(opened, _Opened):
+            anew = self._open[handle] = opened._replace(view=view)
             others = self._by_inode[opened.inode]
-            others[others.index(opened)] = self._open[handle]
+            others[others.index(opened)] = anew
 
     async def release(self, fh: int) -> None:
         opened = self._open.pop(fh)
+        if isinstance(opened, _OpenedScratch):
+            await _answer(self._in_nova(Folder.NOVA).scratch.release, opened.view)
+            return
         for number in opened.leased:
             self._leases.released(number)
         self._by_inode[opened.inode].remove(opened)
@@ -239,7 +250,9 @@ class Filesystem(pyfuse3.Operations):
     async def _lookup(self, parent: int, name: bytes) -> EntryAttributes:
         try:
             if parent == Folder.ROOT:
-                return self._attributes(FOLDERS[name])
+                return self._attributes(self._tops[name])
+            if parent == Folder.NOVA and self._nova is not None:
+                return await self._describe_node(await self._nova.lookup(name))
             if parent == Folder.IMAGES and (id_ := image_id(name)) is not None:
                 return self._attributes(Node(Slot.ORIGINAL, (await self._catalog.lookup(id_)).number))
             if parent == Folder.RAW and (id_ := image_id(name)) is not None:
@@ -300,7 +313,7 @@ class Filesystem(pyfuse3.Operations):
         if node is None:
             raise FUSEError(errno.ENOENT)
         try:
-            return self._attributes(node)
+            return await self._describe_node(node)
         except NoEntry:
             # The kernel asks before it reads: who has the file of an image that is gone open is to read on.
             if inode not in self._by_inode:
@@ -311,11 +324,20 @@ class Filesystem(pyfuse3.Operations):
             entry.st_ino = pyfuse3.InodeT(inode)
             return entry
 
+    async def _describe_node(self, node: Folder | Node | Overlay | ScratchNode) -> EntryAttributes:
+        if isinstance(node, ScratchNode):
+            return self._describe_scratch(await self._in_nova(Folder.NOVA).scratch.attributes(node.number))
+        return self._attributes(node)
+
     def _attributes(self, node: Folder | Node | Overlay) -> EntryAttributes:
         entry = self._new_entry()
         if isinstance(node, Folder):
             entry.st_ino = pyfuse3.InodeT(int(node))
             entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o555)
+            if node is Folder.NOVA:
+                owner = self._in_nova(node).owner
+                entry.st_uid, entry.st_gid = owner.uid, owner.gid
+                entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | owner.mode)
             entry.st_nlink = 2
             return entry
         if isinstance(node, Overlay):
@@ -385,6 +407,17 @@ class Filesystem(pyfuse3.Operations):
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         """The times of a file can be set: whoever does so is about to need it. The kernel has looked who may."""
+        node = node_of(inode)
+        if isinstance(node, ScratchNode):
+            changes = Changes(
+                attr.st_size if fields.update_size else None,
+                attr.st_mode if fields.update_mode else None,
+                attr.st_uid if fields.update_uid else None,
+                attr.st_gid if fields.update_gid else None,
+                attr.st_atime_ns if fields.update_atime else None,
+                attr.st_mtime_ns if fields.update_mtime else None,
+            )
+            return await _answer(self._change, node.number, changes)
         if fields.update_mode or fields.update_uid or fields.update_gid or fields.update_size:
             raise FUSEError(errno.EROFS)
         atime_ns = attr.st_atime_ns if fields.update_atime else None
@@ -412,8 +445,84 @@ class Filesystem(pyfuse3.Operations):
         """The mount is not read-only to the kernel, which would keep touches from us."""
         raise FUSEError(errno.EROFS)
 
-    create = mknod = mkdir = symlink = link = _read_only
-    unlink = rmdir = rename = setxattr = removexattr = _read_only
+    mknod = mkdir = symlink = link = rmdir = setxattr = removexattr = _read_only
+
+    # ── changes in nova/ ──
+
+    def _in_nova(self, *parents: int) -> NovaFolder:
+        """Where something can be changed: in this folder, and nowhere else."""
+        if self._nova is None or any(parent != Folder.NOVA for parent in parents):
+            raise ReadOnly("outside nova/")
+        return self._nova
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        return await _answer(self._create, parent_inode, name, Owner(ctx.uid, ctx.gid, mode), flags)
+
+    async def _create(
+        self, parent: int, name: bytes, owner: Owner, flags: int
+    ) -> tuple[FileInfo, EntryAttributes]:
+        file, attributes = await self._in_nova(parent).create(name, owner, flags)
+        return self._open_scratch(file), self._describe_scratch(attributes)
+
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await _answer(self._unlink, parent_inode, name)
+
+    async def _unlink(self, parent: int, name: bytes) -> None:
+        await self._in_nova(parent).unlink(name)
+
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        await _answer(self._rename, parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    async def _rename(self, old_parent: int, old: bytes, new_parent: int, new: bytes, flags: int) -> None:
+        nova = self._in_nova(old_parent, new_parent)
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
+            raise FUSEError(errno.EINVAL)
+        await nova.rename(old, new, may_replace=not flags)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await _answer(self._scratch_of(fh).write, off, buf)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:  # As pyfuse3 calls it.
+        """Of an image nothing was written."""
+        if isinstance(self._open[fh], _OpenedScratch):
+            await _answer(partial(self._scratch_of(fh).sync, only_data=bool(datasync)))
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        if self._nova is not None:
+            await _answer(self._nova.scratch.sync)
+
+    def _scratch_of(self, fh: int) -> ScratchFile:
+        opened = self._open[fh]
+        assert isinstance(opened, _OpenedScratch), "the kernel opened an image for reading"
+        return opened.view
+
+    def _open_scratch(self, file: ScratchFile) -> FileInfo:
+        handle = next(self._handles)
+        self._open[handle] = _OpenedScratch(file)
+        return FileInfo(fh=pyfuse3.FileHandleT(handle))
+
+    async def _change(self, number: int, changes: Changes) -> EntryAttributes:
+        return self._describe_scratch(await self._in_nova(Folder.NOVA).scratch.change(number, changes))
+
+    def _describe_scratch(self, file: Attributes) -> EntryAttributes:
+        entry = self._new_entry()
+        entry.st_ino, entry.generation = pyfuse3.InodeT(scratch_inode(file.number)), file.generation
+        entry.st_uid, entry.st_gid = file.owner.uid, file.owner.gid
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | file.owner.mode)
+        entry.st_size, entry.st_blocks, entry.st_blksize = file.size, file.blocks, 65536
+        entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = file.atime_ns, file.mtime_ns, file.ctime_ns
+        entry.attr_timeout = ATTR_TIMEOUT_PARTIAL_S
+        return entry
 
     # ── folders ──
 
@@ -426,10 +535,12 @@ class Filesystem(pyfuse3.Operations):
         self._folders[handle] = entries
         return handle
 
-    async def _entries(self, folder: Folder | Node | Overlay | None) -> list[_Entry]:
+    async def _entries(self, folder: Folder | Node | Overlay | ScratchNode | None) -> list[_Entry]:
         match folder:
             case Folder.ROOT:
-                return list(FOLDERS.items())
+                return list(self._tops.items())
+            case Folder.NOVA:
+                return list(self._in_nova(folder).entries())
             case Folder.IMAGES | Folder.RAW | Folder.RESIZED:
                 slot = _SLOT_OF[folder]
                 return [(image.id.encode(), Node(slot, image.number)) for image in await self._catalog.listing()]
@@ -447,8 +558,8 @@ class Filesystem(pyfuse3.Operations):
     async def _readdir(self, fh: int, start_id: int, token: Any) -> None:
         for position, (name, node) in enumerate(self._folders[fh][start_id : start_id + 1000], start_id + 1):
             try:
-                attributes = self._attributes(node)
-            except NoEntry:
+                attributes = await self._describe_node(node)
+            except (NoEntry, ScratchFailed):
                 continue  # Gone since the folder was opened.
             if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, position):
                 return
@@ -460,8 +571,9 @@ class Filesystem(pyfuse3.Operations):
         usage = os.statvfs(self._store.path)
         found = pyfuse3.StatvfsData()
         found.f_bsize = found.f_frsize = 4096
-        found.f_blocks = sum(image.size for image in self._catalog.shown()) // 4096
-        found.f_bfree = found.f_bavail = 0  # Nothing can be written here.
+        # What can be written in nova/ is what the store's filesystem has; all else is taken.
+        found.f_bfree = found.f_bavail = 0 if self._nova is None else usage.f_bavail * usage.f_frsize // 4096
+        found.f_blocks = sum(image.size for image in self._catalog.shown()) // 4096 + found.f_bfree
         found.f_files = len(self._catalog)
         found.f_namemax = usage.f_namemax
         return found
@@ -548,25 +660,6 @@ class Filesystem(pyfuse3.Operations):
         return self._store.known_view(image.id, ViewKind.RAW if inside else ViewKind.ORIGINAL)
 
 
-def state_of(stored: StoredView | None, image: Image) -> str:
-    """`absent`, `partial`, `complete`, `verified`, `condemned` or `gone`."""
-    if image.condemned is not None:
-        return "condemned"
-    if image.status == GONE:
-        return GONE
-    if stored is not None and stored.complete and _is_verified(stored, image):
-        return "verified"
-    if image.size == 0 or (stored is not None and stored.complete):
-        return "complete"
-    return "partial" if stored is not None and stored.cached else "absent"
-
-
-def _is_verified(stored: StoredView, image: Image) -> bool:
-    if stored.record.kind is ViewKind.ORIGINAL:
-        return image.verified
-    return stored.record.kind is ViewKind.RAW and image.disk is not None and image.disk.verified
-
-
 class _Opened(NamedTuple):
     """One handle: what it reads, the view that the store has of it, of which image as it was then, and the views
     that it leases."""
@@ -578,7 +671,13 @@ class _Opened(NamedTuple):
     leased: list[ViewNo]
 
 
-_Entry = tuple[bytes, Folder | Node | Overlay]
+class _OpenedScratch(NamedTuple):
+    """One handle of a file in `nova/` that is no image's."""
+
+    view: ScratchFile
+
+
+_Entry = tuple[bytes, Folder | Node | Overlay | ScratchNode]
 _SLOT_OF = {Folder.IMAGES: Slot.ORIGINAL, Folder.RAW: Slot.RAW, Folder.RESIZED: Slot.SIZES}
 
 
@@ -594,6 +693,8 @@ async def _answer(work: Callable[[*Args], Awaitable[Answer]], *args: *Args) -> A
         raise
     except NoEntry as error:
         raise FUSEError(error.errno) from None
+    except ScratchFailed as error:
+        raise FUSEError(error.code) from None
     except CachefsError as error:
         # They come as often as somebody tries. What an image is refused for was said when that was found.
         level = logging.INFO if isinstance(error, NotPermitted) else logging.WARNING
@@ -660,6 +761,8 @@ class Mount:
             name = pyfuse3.FileNameT(image.id.encode())
             for folder in (Folder.IMAGES, Folder.RAW, Folder.RESIZED):
                 self._notices.put(partial(pyfuse3.invalidate_entry, pyfuse3.InodeT(folder), name))
+            name = pyfuse3.FileNameT(base_name(image.id))
+            self._notices.put(partial(pyfuse3.invalidate_entry, pyfuse3.InodeT(Folder.NOVA), name))
 
     def drop_pages(self, image: Image) -> None:
         """Nothing of what the kernel keeps of the image is given to anybody any more: who reads asks here."""
@@ -672,82 +775,3 @@ class Mount:
             self._mounted = False
             self._notices.close()
             pyfuse3.close(unmount=True)
-
-
-def prepare_mountpoint(mountpoint: str) -> None:
-    """Makes sure that there is a folder to mount on; a dead mount left by a crash is taken away first."""
-    if not os.access("/dev/fuse", os.F_OK):
-        raise MountError(mountpoint, "there is no /dev/fuse: load the fuse module (modprobe fuse)")
-    try:
-        is_folder = stat.S_ISDIR(os.stat(mountpoint).st_mode)
-        os.statvfs(mountpoint)  # Of a dead mount the kernel may still know the attributes, but never this.
-    except FileNotFoundError:
-        raise MountError(mountpoint, "no such folder: make it first (mkdir)") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
-            raise MountError(mountpoint, f"cannot be used: {error.strerror}") from error
-        log.warning("%s is a dead mount left by a crash: unmounting it", mountpoint)
-        _unmount_dead(mountpoint)
-        is_folder = os.path.isdir(mountpoint)
-    if not is_folder:
-        raise MountError(mountpoint, "is not a folder")
-    if os.path.ismount(mountpoint):
-        raise MountError(mountpoint, "something is mounted there already")
-
-
-def require_mountpoint(mountpoint: str) -> None:
-    """Raises MountError where nothing is mounted, and nothing could be. What is mounted there, alive or dead, is
-    `prepare_mountpoint`'s: nobody is asked here who may not answer."""
-    if not os.access("/dev/fuse", os.F_OK):
-        raise MountError(mountpoint, "there is no /dev/fuse: load the fuse module (modprobe fuse)")
-    if minor_of(os.path.abspath(mountpoint)) is not None:
-        return
-    try:
-        is_folder = stat.S_ISDIR(os.stat(mountpoint).st_mode)
-    except FileNotFoundError:
-        raise MountError(mountpoint, "no such folder: make it first (mkdir)") from None
-    except OSError as error:
-        raise MountError(mountpoint, f"cannot be used: {error.strerror}") from error
-    if not is_folder:
-        raise MountError(mountpoint, "is not a folder")
-
-
-def _unmount_dead(mountpoint: str) -> None:
-    command = ["umount", "-l", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", "-z", mountpoint]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise MountError(mountpoint, f"is a dead mount and cannot be unmounted: {done.stderr.strip()}")
-
-
-def tune(mountpoint: str) -> None:
-    """Tells the kernel what pyfuse3 cannot say in the handshake, after it; takes root.
-
-    As many background requests (reading ahead, asynchronous direct reads) as it has: by default 12 that wait for
-    Glance would hold up all others. And to read ahead by what one request can carry, not by an eighth of it."""
-    minor = minor_of(mountpoint)
-    connection = CONNECTIONS / str(minor)
-    try:
-        if not connection.exists() and os.geteuid() == 0:
-            subprocess.run(
-                ["mount", "-t", "fusectl", "fusectl", str(CONNECTIONS)], capture_output=True, check=False
-            )
-        for name in ("max_background", "congestion_threshold"):
-            (connection / name).write_text(str(BACKGROUND_MAX))
-        Path(f"/sys/class/bdi/0:{minor}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
-    except OSError as error:
-        log.warning(
-            "the kernel will send no more than 12 background reads at once (%s): many reads that wait for "
-            "Glance may delay others", error,
-        )  # fmt: skip
-
-
-def minor_of(mountpoint: str) -> int | None:
-    """The minor device number of what is mounted there. From mountinfo: stat(2) would ask the filesystem, which
-    nobody answers for yet."""
-    found = None
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
-        if path == os.path.realpath(os.path.dirname(mountpoint)).rstrip("/") + "/" + os.path.basename(mountpoint):
-            found = int(fields[2].partition(":")[2])  # The last one lies on top.
-    return found

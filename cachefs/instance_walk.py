@@ -19,7 +19,7 @@ from xxhash import xxh3_64_intdigest
 
 from cachefs.errors import FormatError
 from cachefs.formats.qcow2_backing import HEAD_BYTES, backing_extent
-from cachefs.plan.instances import Base, Walk, base_of
+from cachefs.plan.instances import Base, BaseNames, Walk, base_of
 
 # Nova's disks lie one folder deep, those of libvirt's pools none.
 DEPTH_MAX = 6
@@ -48,15 +48,19 @@ class _Level(NamedTuple):
 
 class Walker:
     """One walk over `folder`. `mountpoints`: every spelling of this mount's; `own_device`: its device number,
-    where it is known. Neither is walked into."""
+    where it is known; `names`: what those in `nova/` mean, and where it is bound to. None of these is walked
+    into."""
 
     def __init__(
         self,
         folder: bytes,
         mountpoints: Sequence[bytes],
         own_device: Callable[[], int | None] = lambda: None,
+        names: Callable[[], BaseNames | None] = lambda: None,
     ) -> None:
         self.folder, self._mountpoints, self._own_device = folder, mountpoints, own_device
+        self._names_now = names
+        self._names: BaseNames | None = None
         self.done = False
         self.trouble: str | None = None  # Why it does not count that something was not met.
         self.first_error: str | None = None
@@ -123,7 +127,7 @@ class Walker:
 
     def _begin(self) -> bool:
         """Opens the folder itself: the only one that may be a link, because an operator named it."""
-        self._device = self._own_device()
+        self._device, self._names = self._own_device(), self._names_now()
         try:
             fd = os.open(self.folder, _FOLDER)
             self._enter(fd, self.folder)
@@ -163,7 +167,8 @@ class Walker:
         return None
 
     def _go_into(self, level: _Level, name: bytes, path: bytes) -> None:
-        if len(self._levels) <= DEPTH_MAX and path not in self._mountpoints:
+        binds = () if self._names is None else self._names.binds
+        if len(self._levels) <= DEPTH_MAX and path not in self._mountpoints and path not in binds:
             self._enter(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=level.fd), path)
 
     def _enter(self, fd: int, path: bytes) -> None:
@@ -177,8 +182,8 @@ class Walker:
             os.close(fd)
             raise
 
-    def _look_at(self, level: _Level, name: bytes, path: bytes) -> tuple[bytes, Base] | None:
-        fd = os.open(name, _FILE, dir_fd=level.fd)
+    def _look_at(self, level: _Level, entry: bytes, path: bytes) -> tuple[bytes, Base] | None:
+        fd = os.open(entry, _FILE, dir_fd=level.fd)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 return None
@@ -194,7 +199,8 @@ class Walker:
             os.close(fd)
         if len(backing) < extent.length:
             raise FormatError("it ends before the name of its backing file does")
-        base = base_of(backing.partition(b"\0")[0], level.path, self._mountpoints)  # To qemu it ends there.
+        name = backing.partition(b"\0")[0]  # To qemu it ends there.
+        base = base_of(name, level.path, self._mountpoints, self._names)
         if base is None:
             return None
         self._found[path] = base

@@ -39,6 +39,8 @@ FIRST_LOOK_MAX_S = 60.0
 STALL_S = 30.0
 # After an image was closed the next look comes soon, and takes no more than a tenth of the time.
 PAUSE_S, PAUSE_SHARE = 5.0, 9.0
+# So often it is looked whether a folder of the mount was bound to somewhere else.
+BINDS_S = 10.0
 IMAGES_MAX = 100_000
 # Images that are not known here are asked for one by one, no more in a row than these. One that cannot be had is
 # asked for again after so long.
@@ -63,7 +65,7 @@ class _Folder:
 class Instances:
     """`run` is the task. `folders` in which disks are, `mountpoints`: every spelling of this mount's. `is_known`:
     the store has the view that the files of an image in a folder are read from; `take_up` makes it so, or
-    raises."""
+    raises. `binds`: where else a folder of the mount lies; where that changes, there is a look."""
 
     def __init__(
         self,
@@ -77,13 +79,14 @@ class Instances:
         is_known: Callable[[str, ViewKind], bool] = lambda image, kind: True,
         take_up: Callable[[str, ViewKind], Awaitable[object]] | None = None,
         walker: Callable[[bytes, Sequence[bytes], Callable[[], int | None]], Walker] = Walker,
+        binds: Callable[[], tuple[bytes, ...]] = lambda: (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._leases, self._interval_s, self._grace_s = leases, interval_s, grace_s
         self._folders = {os.fsencode(folder): _Folder() for folder in folders}
         self._mountpoints = [os.fsencode(mountpoint) for mountpoint in mountpoints]
         self._own_device, self._walker, self._clock = own_device, walker, clock
-        self._is_known, self._take_up = is_known, take_up
+        self._is_known, self._take_up, self._binds = is_known, take_up, binds
         self._hanging: dict[bytes, Walker] = {}
         self._absent_s: dict[str, float] = {}  # When an image was last found not to be named any more.
         self._wanted: dict[Base, None] = {}  # To be taken up, in this order.
@@ -152,6 +155,7 @@ class Instances:
             task_status.started()
             nursery.start_soon(self._be_ready_in_time)
             nursery.start_soon(self._take_up_wanted)
+            nursery.start_soon(self._look_when_bound)
             while True:
                 try:
                     await self._look_once()
@@ -169,6 +173,22 @@ class Instances:
         if patience.cancelled_caught:
             log.warning("instance disks are still being looked at: what only a new one needs may be evicted")
             self._leases.ready.set()
+
+    async def _look_when_bound(self) -> None:
+        """A folder of the mount that is bound somewhere gives names there another meaning."""
+        before: tuple[bytes, ...] = ()
+        while True:
+            try:
+                now = await trio.to_thread.run_sync(self._binds)
+            except OSError as error:
+                log.debug("mounts cannot be read: %s", error)
+                now = before
+            if now != before:
+                log.info("nova/ is bound to: %s", ", ".join(map(shown, now)) or "nothing any more")
+                before = now
+                self._asked = max(self._asked, self._begun + 1)
+                self._wake.set()
+            await trio.sleep(BINDS_S)
 
     async def _pause(self) -> None:
         """Until the next look is due, or somebody asks for one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from enum import IntEnum
+from hashlib import sha1
 from typing import NamedTuple
 from uuid import UUID
 
@@ -16,13 +17,14 @@ NAME_BYTES_MAX = 255
 
 
 class Folder(IntEnum):
-    """The folders, by inode. 6 is kept for `nova`."""
+    """The folders, by inode."""
 
     ROOT = 1
     IMAGES = 2
     BY_NAME = 3
     RAW = 4
     RESIZED = 5
+    NOVA = 6
 
 
 FOLDERS = {
@@ -30,6 +32,7 @@ FOLDERS = {
     b"raw": Folder.RAW,
     b"resized": Folder.RESIZED,
     b"by-name": Folder.BY_NAME,
+    b"nova": Folder.NOVA,
 }
 
 _SLOTS = 16
@@ -57,12 +60,27 @@ class Overlay(NamedTuple):
     view: int
 
 
+class ScratchNode(NamedTuple):
+    """The inode of one scratch file in `nova/`, by that of the file on the store's filesystem."""
+
+    number: int
+
+
 # Above the inodes of 2^44 images, which no store will have had.
 _OVERLAYS = 1 << 48
+# Above those of as many views, and below what somebody would take for a negative number.
+_SCRATCH, _END = 1 << 62, 1 << 63
 
 
 def overlay_inode(view: int) -> int:
     return _OVERLAYS + view
+
+
+def scratch_inode(number: int) -> int:
+    """Raises ValueError for a number that no filesystem has given yet."""
+    if not 0 < number < _END - _SCRATCH:
+        raise ValueError(number)
+    return _SCRATCH + number
 
 
 def inode_of(slot: Slot, image_number: int) -> int:
@@ -70,8 +88,10 @@ def inode_of(slot: Slot, image_number: int) -> int:
     return image_number * _SLOTS + slot
 
 
-def node_of(inode: int) -> Folder | Node | Overlay | None:
+def node_of(inode: int) -> Folder | Node | Overlay | ScratchNode | None:
     """What `inode` stands for; None for a number that nobody was given."""
+    if inode >= _SCRATCH:
+        return ScratchNode(inode - _SCRATCH) if _SCRATCH < inode < _END else None
     if inode >= _OVERLAYS:
         return Overlay(inode - _OVERLAYS)
     if inode < _SLOTS:
@@ -88,6 +108,23 @@ def image_id(name: bytes) -> str | None:
         return text if str(UUID(text)) == text else None
     except ValueError:
         return None
+
+
+_BASE = re.compile(rb"[0-9a-f]{40}")
+
+
+def base_name(image: str) -> bytes:
+    """What Nova calls an image's file in its `_base` folder: the SHA-1 of the id."""
+    return sha1(image.encode(), usedforsecurity=False).hexdigest().encode()
+
+
+# What Nova looks for where an instance has no image (it was booted from a volume): the SHA-1 of nothing.
+NO_BASE = base_name("")
+
+
+def is_base_name(name: bytes) -> bool:
+    """Whether Nova could mean an image by it."""
+    return _BASE.fullmatch(name) is not None and name != NO_BASE
 
 
 _GIB = 1 << 30

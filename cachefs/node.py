@@ -9,6 +9,7 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 from cachefs.blocks import Blocks, Buffer
 from cachefs.catalog import GONE, Catalog, Image
@@ -23,24 +24,31 @@ from cachefs.derivation import Derivation
 from cachefs.errors import CachefsError, ImageCondemned, NoEntry, PrefetchEnded
 from cachefs.evictor import Evictor, Watermarks
 from cachefs.fetcher import Fetcher
-from cachefs.fuse import Filesystem, Mount, minor_of
+from cachefs.fuse import Filesystem, Mount
 from cachefs.guest_disks import PLAIN, GuestDisks
 from cachefs.hit_times import HitTimes
 from cachefs.hydrator import Hydrator
+from cachefs.instance_walk import Walker
 from cachefs.instances import Instances
 from cachefs.leases import Leases
 from cachefs.leisure import Leisure
 from cachefs.listener import Listener
 from cachefs.metrics import Snapshot
+from cachefs.mountpoint import binds_of, minor_of
+from cachefs.namespace import base_name
 from cachefs.naming import Naming
+from cachefs.nova_folder import NovaFolder
 from cachefs.plan import trace
 from cachefs.plan.eviction import Priority
+from cachefs.plan.instances import BaseNames
 from cachefs.plan.windows import Pattern
 from cachefs.policy_host import PolicyHost
 from cachefs.precache import Around as AroundPrecache
 from cachefs.precache import Precache
 from cachefs.ranks import Ranks
 from cachefs.sandbox import Account
+from cachefs.scratch import MODE as SCRATCH_MODE
+from cachefs.scratch import Owner, Scratch
 from cachefs.scrubber import Around, Fate, Scrubber
 from cachefs.sources.converted import Converted
 from cachefs.sources.converter import QemuNbd
@@ -58,6 +66,7 @@ from cachefs.uses import BOOT_SHARE, Uses
 from cachefs.verifier import Verifier
 
 # What only policies want is fetched after all that is in use, whatever the images' own ranks.
+FOLDER_MODE = 0o755  # Of nova/: its owner, and root, write there.
 HELD_BEHIND = len(Priority)
 
 
@@ -84,8 +93,16 @@ class Node:
         self.leases = Leases(store, self._pins_max, touch_grace_s=config.leases.touch_grace)
         self.converted = _converted(config, self.catalog, store, self.blocks, self.leases)
         self.disks = GuestDisks(self.catalog, store, self.fetcher, self.blocks, self.converted)
+        self.nova = _nova(config, self.catalog, self.disks, store)
         self.filesystem = Filesystem(
-            config.mount, self.catalog, store, self.blocks, self.leases, self.disks, config.glance.negative_ttl
+            config.mount,
+            self.catalog,
+            store,
+            self.blocks,
+            self.leases,
+            self.disks,
+            config.glance.negative_ttl,
+            self.nova,
         )
         self.mount = Mount(self.filesystem, config.mount)
         self.ranks = Ranks(self.catalog, config.priorities)
@@ -110,7 +127,7 @@ class Node:
 
     def _looking_after_the_store(self) -> None:
         config, store = self.config, self.store
-        self.instances = _instances(config, self.mount, self.catalog, store, self.leases, self.disks)
+        self.instances = _instances(config, self.mount, self.catalog, store, self.leases, self.disks, self.nova)
         boot_max = int(limits(config).max_size * BOOT_SHARE)
         self.uses = Uses(store, boot_max=lambda: boot_max)
         self.evictor = Evictor(
@@ -140,7 +157,10 @@ class Node:
         store.on_loss = self._lost
         store.on_whole = self._became_whole
         store.digests.on_changed = lambda view, offset: self.catalog.learn_changed(view.record.image, offset)
-        self.filesystem.on_touch = self.instances.want
+        self.filesystem.on_touch = self._touched
+        if self.nova is not None:
+            self.nova.open_images = self.filesystem.open_count.keys
+            self.nova.evict = self.evictor.begin_evicting
 
     # ── what fetches before it is asked ──
 
@@ -203,7 +223,7 @@ class Node:
         parts = Parts(
             self.store, self.fetcher, self.blocks, self.catalog, self.filesystem, self.leases, self.evictor,
             self.scrubber, self.hydrator, self.verifier, self.origin, self.endpoints, self.mount, self.ranks,
-            self.precache, self.instances, self.traces, self.contact,
+            self.precache, self.instances, self.traces, self.contact, self.nova,
         )  # fmt: skip
         self.status = status = Status(self.mount.mountpoint, parts)
         commands = Commands(
@@ -245,6 +265,13 @@ class Node:
     def _opened(self, view: StoredView) -> None:
         self.hydrator.opened(view)
         self.precache.opens.note(view.record.image)
+        if self.nova is not None:
+            self.nova.used(view.record.image)
+
+    def _touched(self, image: str, kind: ViewKind) -> None:
+        self.instances.want(image, kind)
+        if self.nova is not None:
+            self.nova.used(image)
 
     def _lost(self, view: StoredView) -> None:
         if view.record.kind is ViewKind.ORIGINAL:
@@ -265,6 +292,8 @@ class Node:
         self.mount.forget(image)
         self.disks.forget(image.id)
         self.leases.forget(image.id)
+        if self.nova is not None:
+            self.nova.used(image.id)
         if self.converted is not None:
             self.converted.forget(image.id)
 
@@ -340,8 +369,24 @@ def _converted(config: Config, catalog: Catalog, store: Store, blocks: Blocks, l
     return Converted(open_input, disk_format, QemuNbd(Account.of(config.convert.user)))
 
 
+def _nova(config: Config, catalog: Catalog, disks: GuestDisks, store: Store) -> NovaFolder | None:
+    """What Nova finds in `nova/`; None where there is no such folder."""
+    nova = config.nova
+    if not nova.enabled:
+        return None
+    scratch = Scratch(Path(config.store.path), Owner(nova.uid, nova.gid, SCRATCH_MODE))
+    kind = ViewKind.ORIGINAL if nova.view == "images" else ViewKind.RAW
+    return NovaFolder(scratch, kind, catalog, disks, store, Owner(nova.uid, nova.gid, FOLDER_MODE))
+
+
 def _instances(
-    config: Config, mount: Mount, catalog: Catalog, store: Store, leases: Leases, disks: GuestDisks
+    config: Config,
+    mount: Mount,
+    catalog: Catalog,
+    store: Store,
+    leases: Leases,
+    disks: GuestDisks,
+    nova: NovaFolder | None,
 ) -> Instances:
     """What looks after the images that instances stand on."""
 
@@ -361,6 +406,18 @@ def _instances(
         else:
             await disks.open(known)
 
+    def binds() -> tuple[bytes, ...]:
+        return () if nova is None else binds_of(mount.mountpoint, "nova")
+
+    def names() -> BaseNames | None:
+        return None if nova is None else BaseNames(image_of, nova.kind, binds())
+
+    def image_of(name: bytes) -> str | None:
+        if nova is None or nova.scratch.number_of(name) is not None:
+            return None
+        found = catalog.id_of_base(name)  # Else it is one that only a disk still knows.
+        return found or next((image for image in list(leases.named) if base_name(image) == name), None)
+
     folder, name = os.path.split(mount.mountpoint)
     return Instances(
         leases,
@@ -371,6 +428,8 @@ def _instances(
         own_device=own_device,
         is_known=lambda image, kind: view_of(image, kind) is not None,
         take_up=take_up if config.hydration.mode == "on-open" else None,
+        walker=partial(Walker, names=names),
+        binds=binds,
     )
 
 

@@ -56,6 +56,30 @@ OPTIONS: Final[dict[str, list[cfg.Opt]]] = {
             "bytes never wait.",
         ),
     ],
+    "nova": [
+        cfg.BoolOpt(
+            "enabled",
+            default=True,
+            help="Have a folder nova in the mount: what Nova expects in its _base folder, and can be bound to it.",
+        ),
+        cfg.IntOpt(
+            "uid",
+            min=0,
+            max=_ID_MAX,
+            help="Owner of that folder, who may write there: Nova's. If unset, the account nova; where there is "
+            "none, the owner that files show.",
+        ),
+        cfg.IntOpt("gid", min=0, max=_ID_MAX, help="Group of that folder, if unset as for uid."),
+        cfg.StrOpt(
+            "view",
+            default="raw",
+            choices=[
+                ("raw", "the disk inside an image, as Nova has it with force_raw_images"),
+                ("images", "Glance's bytes, for force_raw_images = False"),
+            ],
+            help="What of an image Nova finds there.",
+        ),
+    ],
     "store": [
         cfg.Opt(
             "path",
@@ -320,6 +344,8 @@ OPTIONS: Final[dict[str, list[cfg.Opt]]] = {
 
 _SECTION_HELP: Final = {
     "mount": "The tree of images, as the hypervisor sees it.",
+    "nova": "The folder nova of the mount, for nova-compute. Where its disks are in Ceph (images_type = rbd), it "
+    "must not be bound to _base: see the documentation.",
     "store": "What is cached, and how much of it.",
     "glance": "Where images come from. There are three ways to be let in: auth_type with its own options "
     "(password and v3applicationcredential are shown below; keystoneauth has more), cloud, or "

@@ -23,12 +23,14 @@ from cachefs.errors import NoEntry
 from cachefs.evictor import Evictor
 from cachefs.fetcher import Fetcher
 from cachefs.flights import Priority
-from cachefs.fuse import Filesystem, Mount, state_of
+from cachefs.fuse import Filesystem, Mount
 from cachefs.histogram import Counted
 from cachefs.hydrator import Hydrator
+from cachefs.image_state import state_of
 from cachefs.instances import Instances
 from cachefs.leases import Leases
 from cachefs.namespace import link_name
+from cachefs.nova_folder import NovaFolder
 from cachefs.precache import Precache
 from cachefs.ranks import Ranks
 from cachefs.scrubber import Scrubber
@@ -66,6 +68,7 @@ class Parts:
     instances: Instances
     traces: Traces
     contact: Contact
+    nova: NovaFolder | None
 
 
 class Status:
@@ -80,7 +83,7 @@ class Status:
         self._hydrator, self._verifier = parts.hydrator, parts.verifier
         self._origin, self._mount, self._endpoints = parts.origin, parts.mount, parts.endpoints
         self._ranks, self._precache, self._traces = parts.ranks, parts.precache, parts.traces
-        self._contact = parts.contact
+        self._contact, self._nova = parts.contact, parts.nova
         self._began_s = time.monotonic()
 
     def handlers(self) -> dict[str, Handler]:
@@ -90,7 +93,15 @@ class Status:
         }  # fmt: skip
 
     async def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return self.now() | {"store": await trio.to_thread.run_sync(self._store.totals)}
+        store = await trio.to_thread.run_sync(self._store.totals)
+        return self.now() | {"store": store, "nova": await self._nova_now()}
+
+    async def _nova_now(self) -> dict[str, Any] | None:
+        """Of the scratch files in `nova/`; None where there is no such folder."""
+        if self._nova is None:
+            return None
+        totals = await self._nova.scratch.totals()
+        return {**totals._asdict(), "removed_images": self._nova.removed}
 
     def now(self) -> dict[str, Any]:
         """All of `status` but `store`, which the disk is asked for. On the loop, and no work for it."""

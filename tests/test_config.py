@@ -596,6 +596,7 @@ def test_every_option_of_the_sample_is_known(file: Path) -> None:
     assert {section for section, _ in names} == {
         "DEFAULT",
         "mount",
+        "nova",
         "store",
         "glance",
         "hydration",

@@ -19,8 +19,8 @@ from cachefs.catalog import GONE
 from cachefs.claims import ByLeases
 from cachefs.derivation import Derivation
 from cachefs.errors import ImageCondemned
-from cachefs.fuse import state_of
 from cachefs.hydrator import LOOK_S, Hydrator
+from cachefs.image_state import state_of
 from cachefs.leases import Leases
 from cachefs.leisure import Leisure
 from cachefs.plan.extents import BLOCK, Extent

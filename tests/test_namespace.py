@@ -14,12 +14,14 @@ from cachefs.namespace import (
     Folder,
     Node,
     Overlay,
+    ScratchNode,
     Slot,
     image_id,
     inode_of,
     link_name,
     node_of,
     overlay_inode,
+    scratch_inode,
     size_name,
     size_of,
     unique_links,
@@ -41,11 +43,13 @@ def test_golden_inodes() -> None:
         ("BY_NAME", 3),
         ("RAW", 4),
         ("RESIZED", 5),
+        ("NOVA", 6),
     ]
     assert [inode_of(slot, n) for n, slot in product((1, 1000), Slot)] == [
         17, 18, 19, 20, 16001, 16002, 16003, 16004,
     ]  # fmt: skip
     assert [overlay_inode(view) for view in (1, 1000)] == [(1 << 48) + 1, (1 << 48) + 1000]
+    assert [scratch_inode(number) for number in (1, 1000)] == [(1 << 62) + 1, (1 << 62) + 1000]
 
 
 @given(_numbers, st.sampled_from(Slot))
@@ -72,6 +76,8 @@ def test_an_inode_that_nobody_was_given_is_nothing(inode: int) -> None:
         assert inode_of(node.slot, node.image_number) == inode
     elif isinstance(node, Overlay):
         assert overlay_inode(node.view) == inode
+    elif isinstance(node, ScratchNode):
+        assert scratch_inode(node.number) == inode
     elif node is not None:
         assert node == inode
 
@@ -108,7 +114,7 @@ def test_a_size_is_listed_in_one_spelling() -> None:
     assert [size_name(size) for size in (20 << 30, (20 << 30) + 512)] == [b"20G", b"21474836992"]
 
 
-@pytest.mark.parametrize("inode", [0, 6, 15, 16, 21, 31])
+@pytest.mark.parametrize("inode", [0, 7, 15, 16, 21, 31, 1 << 62, 1 << 63])
 def test_kept_and_odd_inodes_are_nothing(inode: int) -> None:
     assert node_of(inode) is None
 

@@ -7,27 +7,43 @@ Paths and names are bytes, as the kernel has them. Times are in seconds.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cachefs.namespace import image_id, size_of
+from cachefs.namespace import image_id, is_base_name, size_of
 from cachefs.store.format import DiskEntry, ViewKind
 
 _FILE = b"file:"
 _FOLDERS = {b"images": ViewKind.ORIGINAL, b"raw": ViewKind.RAW}
-_RESIZED = b"resized"
+_RESIZED, _NOVA = b"resized", b"nova"
 
 
 class Base(NamedTuple):
     """What a name means: a file of this mount, of `image`. `kind`: ORIGINAL in `images/`, RAW in `raw/` and
-    `resized/`, whose sizes hold nothing of their own."""
+    `resized/`, whose sizes hold nothing of their own; in `nova/`, one of them."""
 
     image: str
     kind: ViewKind
 
 
-def base_of(name: bytes, folder: bytes, mountpoints: Iterable[bytes]) -> Base | None:
+@dataclass(frozen=True)
+class BaseNames:
+    """What names in `nova/` mean. `image_of`: the image whose file is read by a name, None for none and for a
+    scratch file. `kind`: the folder whose file that is. `binds`: where else that folder lies."""
+
+    image_of: Callable[[bytes], str | None]
+    kind: ViewKind
+    binds: tuple[bytes, ...] = ()
+
+    def base_of(self, name: bytes) -> Base | None:
+        image = self.image_of(name) if is_base_name(name) else None
+        return None if image is None else Base(image, self.kind)
+
+
+def base_of(
+    name: bytes, folder: bytes, mountpoints: Iterable[bytes], names: BaseNames | None = None
+) -> Base | None:
     """The file of this mount that a disk in `folder` names; None for whatever else. Nothing is asked of the
     filesystem: a name that goes through a link of any kind is another name."""
     if name.startswith(_FILE):
@@ -35,9 +51,11 @@ def base_of(name: bytes, folder: bytes, mountpoints: Iterable[bytes]) -> Base | 
     elif b":" in name.partition(b"/")[0]:
         return None  # "json:", "nbd:", "rbd:" ...: to qemu, a protocol.
     path = normal(posixpath.join(folder, name))
+    if names is not None and posixpath.dirname(path) in names.binds:
+        return names.base_of(posixpath.basename(path))
     for mountpoint in mountpoints:
         if path.startswith(mountpoint + b"/"):
-            return _in_mount(path[len(mountpoint) + 1 :])
+            return _in_mount(path[len(mountpoint) + 1 :], names)
     return None
 
 
@@ -46,8 +64,10 @@ def normal(path: bytes) -> bytes:
     return path[1:] if path.startswith(b"//") else path  # POSIX lets two slashes stand.
 
 
-def _in_mount(path: bytes) -> Base | None:
+def _in_mount(path: bytes, names: BaseNames | None) -> Base | None:
     match path.split(b"/"):
+        case [folder, name] if folder == _NOVA and names is not None:
+            return names.base_of(name)
         case [folder, name] if folder in _FOLDERS:
             image = image_id(name)
             return None if image is None else Base(image, _FOLDERS[folder])

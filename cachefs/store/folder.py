@@ -15,6 +15,7 @@ from cachefs.errors import StoreFormat, StoreLocked, StoreUnusable
 from cachefs.store.segments import sync_folder
 
 LOCK, INDEX, SEGMENTS = "lock", "index", "segments"
+SCRATCH = "nova"  # Beside the store: files of others (`cachefs.scratch`), which nothing here looks at or moves.
 DATA, DATA_LOCK = "data.mdb", "lock.mdb"  # In INDEX, LMDB's own names.
 ASIDE = "aside-"  # Before the time at which something was set aside.
 LOST_FOUND = "lost+found"  # Of a filesystem's own: its root may be the store's folder.
@@ -119,6 +120,15 @@ def _not_own(part: str, owner: int) -> str:
     return f"{said}: run it as that user, or, if the daemon has another account now, chown -R the store to it"
 
 
+def make_scratch(folder: Path) -> Path:
+    """The folder of scratch files, made if it is not there. Raises OSError."""
+    scratch = folder / SCRATCH
+    if not scratch.exists():
+        scratch.mkdir(mode=0o700)
+        sync_folder(folder)
+    return scratch
+
+
 def _require_own_part(folder: Path, part: str, *, a_folder: bool) -> None:
     """Refuses a part of the store that somebody else may have put there, or can change: when it was made, the
     folder may have been open to others."""
@@ -144,7 +154,8 @@ def _require_own_part(folder: Path, part: str, *, a_folder: bool) -> None:
 
 def foreign(names: Iterable[str]) -> list[str]:
     """What no store has in its folder."""
-    return sorted(n for n in names if n not in (LOCK, INDEX, SEGMENTS, LOST_FOUND) and not n.startswith(ASIDE))
+    own = (LOCK, INDEX, SEGMENTS, SCRATCH, LOST_FOUND)
+    return sorted(n for n in names if n not in own and not n.startswith(ASIDE))
 
 
 def require_store(folder: Path, *, empty_will_do: bool) -> None:
@@ -152,7 +163,7 @@ def require_store(folder: Path, *, empty_will_do: bool) -> None:
     index and holds nothing foreign, or holds segments. With `empty_will_do`, one that is yet to be made is too."""
     try:
         strangers = foreign(os.listdir(folder))
-        for part in (INDEX, SEGMENTS):
+        for part in (INDEX, SEGMENTS, SCRATCH):
             _require_own_part(folder, part, a_folder=True)
         segments = [f"{SEGMENTS}/{path.name}" for path in (folder / SEGMENTS).glob("*.seg")]
         for part in (LOCK, f"{INDEX}/{DATA}", f"{INDEX}/{DATA_LOCK}", *sorted(segments)):

@@ -1,0 +1,127 @@
+"""What a name in `nova/` is: an image, under the name by which Nova looks for its base, or a scratch file. Rule: a
+scratch file stands before the image of its name, because Nova wrote its bytes and has looked at them; no byte of
+either is touched here.
+
+The file of an image is the one that `raw/` (or `images/`) has, under another name. It is listed when something of
+it is on this node: Nova looks at all that is listed, and removes what no instance uses. That is a hint here: what
+is not leased is dropped, and the name is not listed until the image is used again. It can always be looked up.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Collection
+
+from cachefs import logs
+from cachefs.catalog import Catalog, Image
+from cachefs.errors import Leased, NoEntry, ReadOnly, ScratchFailed
+from cachefs.guest_disks import GuestDisks
+from cachefs.namespace import Node, ScratchNode, Slot, base_name
+from cachefs.scratch import Attributes, Owner, Scratch, ScratchFile
+from cachefs.store.content import Store
+from cachefs.store.format import ViewKind
+
+log = logs.get(__name__)
+
+
+class NovaFolder:
+    """`kind`: the folder whose file an image's name means, RAW or ORIGINAL; `open_images`: those that somebody has
+    open, by their ids. All on the loop."""
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        kind: ViewKind,
+        catalog: Catalog,
+        disks: GuestDisks,
+        store: Store,
+        owner: Owner,
+        open_images: Callable[[], Collection[str]] = lambda: (),
+    ) -> None:
+        self.scratch, self.kind, self.owner = scratch, kind, owner
+        self._catalog, self._disks, self._store = catalog, disks, store
+        self.open_images = open_images
+        self.evict: Callable[[str], object] = lambda image: None  # Raises Leased.
+        self._removed: set[str] = set()
+
+    # ── names ──
+
+    async def lookup(self, name: bytes) -> Node | ScratchNode:
+        """Raises NoEntry, and what `GuestDisks.inspect` raises."""
+        number = self.scratch.number_of(name)
+        if number is not None:
+            return ScratchNode(number)
+        image = await self._catalog.lookup_base(name)
+        disk = await self._disks.inspect(image)
+        number = self.scratch.number_of(name)
+        if number is not None:  # Meanwhile somebody made one.
+            return ScratchNode(number)
+        # What is refused is there and cannot be opened. Else Nova would take it for missing, and fetch it.
+        is_raw = self.kind is ViewKind.RAW or disk.refused is not None
+        return Node(Slot.RAW if is_raw else Slot.ORIGINAL, image.number)
+
+    def entries(self) -> list[tuple[bytes, Node | ScratchNode]]:
+        """What is listed. Glance is not asked."""
+        files: list[tuple[bytes, Node | ScratchNode]] = [
+            (name, ScratchNode(number)) for name, number in self.scratch.names()
+        ]
+        held = {view.record.image for view in self._store.views() if view.cached}
+        held |= set(self.open_images())
+        known = (self._catalog.known(image) for image in held - self._removed)
+        images = sorted((image for image in known if image is not None), key=lambda image: image.number)
+        return files + [
+            (base_name(image.id), Node(self._slot_of(image), image.number))
+            for image in images
+            if self.scratch.number_of(base_name(image.id)) is None
+        ]
+
+    def _slot_of(self, image: Image) -> Slot:
+        is_refused = image.disk is not None and image.disk.refused is not None
+        return Slot.RAW if self.kind is ViewKind.RAW or is_refused else Slot.ORIGINAL
+
+    def image_of(self, name: bytes) -> str | None:
+        """The image whose file is read by this name, if it is known. From any thread."""
+        return None if self.scratch.number_of(name) is not None else self._catalog.id_of_base(name)
+
+    def used(self, image: str) -> None:
+        """Somebody opened or touched it: it is listed again."""
+        self._removed.discard(image)
+
+    @property
+    def removed(self) -> int:
+        """How many images were removed and not used since."""
+        return len(self._removed)
+
+    # ── changes ──
+
+    async def create(self, name: bytes, owner: Owner, flags: int) -> tuple[ScratchFile, Attributes]:
+        """Raises ScratchFailed."""
+        return await self.scratch.create(name, owner, flags)
+
+    async def unlink(self, name: bytes) -> None:
+        """Of a scratch file, which is gone then; of an image, which is not. Raises NoEntry, ScratchFailed."""
+        if self.scratch.number_of(name) is not None:
+            await self.scratch.unlink(name)
+            return
+        image = self._catalog.id_of_base(name)
+        if image is None:
+            raise NoEntry(name)
+        self._removed.add(image)
+        try:
+            self.evict(image)
+        except Leased as error:
+            log.info("removed from nova/, and kept: %s", error, image=image)
+        else:
+            log.info("removed from nova/: what is cached of it is dropped", image=image)
+
+    async def rename(self, old: bytes, new: bytes, *, may_replace: bool) -> None:
+        """Of a scratch file; over an image's name it stands before the image. Raises NoEntry, ReadOnly for an
+        image, ScratchFailed."""
+        if self.scratch.number_of(old) is None:
+            if self._catalog.id_of_base(old) is None:
+                raise NoEntry(old)
+            raise ReadOnly("the name of an image in nova/")
+        if not may_replace and self._catalog.id_of_base(new) is not None:
+            raise ScratchFailed(new, OSError(errno.EEXIST, os.strerror(errno.EEXIST)))
+        await self.scratch.rename(old, new, may_replace=may_replace)
