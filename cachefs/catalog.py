@@ -55,8 +55,9 @@ GONE = "gone"
 LOOK_S = 60.0
 # What is leased and was not listed is asked for by itself: of each listing so many, each so often.
 CONFIRMED_MAX, CONFIRM_EVERY_S = 50, 600.0
-# Listings for names of Nova's that are unknown: no more than one in so many seconds.
-BASES_EVERY_S = 1.0
+# For names of Nova's that are unknown there is a listing no sooner than so many seconds after the last one, or so
+# many times as long as that took.
+BASES_EVERY_S, BASES_SHARE = 1.0, 9.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +223,7 @@ class Catalog:
         self._checked_s: dict[str, float] = {}
         self._unknown_until_s: dict[str, float] = {}
         self._listed_s = self._unwell_until_s = -float("inf")
+        self._listing_took_s = 0.0
         self._listed: set[str] | None = None
         self._asking: dict[str, _Question] = {}
         self._newer: set[str] = set()  # Answered for themselves while a listing was under way.
@@ -354,20 +356,27 @@ class Catalog:
 
     async def lookup_base(self, name: bytes) -> Image:
         """The image whose file Nova calls so. Glance cannot be asked for a SHA-1: an unknown one has all images
-        listed, unless that was within `negative_ttl_s`, however many names are asked for. Raises NoEntry, also
-        when Glance does not say: whoever asks is to go on then."""
+        listed, once in `negative_ttl_s`, and however many names are asked for, so seldom that listings take no
+        more than a tenth of the time. Raises NoEntry, also when Glance does not say: who asks is to go on then."""
         if name not in self._bases and is_base_name(name):
-            now, due_s = trio.current_time(), self._listed_s + max(self._negative_ttl_s, BASES_EVERY_S)
-            if ("" in self._asking or now >= due_s) and now >= self._unwell_until_s:
-                try:
-                    await self._ask("", self._ask_all, UNKNOWN_WAIT_S)
-                except OriginError as error:
-                    log.debug("taken for unknown: %s", error)
+            await self._look_for_base(name.decode())
         image = self._bases.get(name)
         found = self._there(image) if image is not None else None
         if found is None:
             raise NoEntry(name)
         return found
+
+    async def _look_for_base(self, name: str) -> None:
+        now = trio.current_time()
+        due_s = self._listed_s + max(BASES_EVERY_S, BASES_SHARE * self._listing_took_s)
+        if now < max(self._unknown_until_s.get(name, 0.0), self._unwell_until_s):
+            return
+        if now >= due_s or "" in self._asking:
+            try:
+                await self._ask("", self._ask_all, UNKNOWN_WAIT_S)
+            except OriginError as error:
+                log.debug("taken for unknown: %s", error)
+            self._remember_unknown(name)
 
     async def openable(self, image: str) -> Image:
         """The image, if it may be opened now: looked at anew when that was long ago and Glance is well. Raises
@@ -459,9 +468,11 @@ class Catalog:
     async def _ask_all(self) -> None:
         self.listings += 1
         self._newer.clear()
+        began_s = trio.current_time()
         answers = await self._registry.images()
         self._unwell_until_s = -float("inf")
         answered_s = trio.current_time()
+        self._listing_took_s = answered_s - began_s
         listed = set()
         for at, answer in enumerate(answers):
             if at % _TAKEN_AT_ONCE == _TAKEN_AT_ONCE - 1:

@@ -4,6 +4,7 @@ to do; never a value that may be a secret.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -35,6 +36,12 @@ def warnings(files: Sequence[str], config_dirs: Sequence[str] = ()) -> list[str]
         )
     if loaded.glance.auth.verify is False:
         found.append("glance/insecure: whoever is between this node and Glance can give it other bytes")
+    nova, mount = loaded.nova, loaded.mount
+    if nova.enabled and not mount.allow_other and nova.uid not in (0, os.geteuid()):
+        found.append(
+            f"mount/allow_other: is off, so Nova (user {nova.uid}) cannot look into nova/ (set it, or "
+            "nova/enabled = false)"
+        )
     installed = sorted(policy.name for policy in entry_points(group=NAMESPACE))
     for name in loaded.precache.policies:
         if name not in installed:

@@ -5,6 +5,7 @@ changes nothing, and no check can keep it from its end: each is a process of its
 from __future__ import annotations
 
 import email.utils
+import errno
 import os
 import platform
 import pwd
@@ -25,6 +26,8 @@ from cachefs.config import Config
 from cachefs.config_files import files_read
 from cachefs.errors import CachefsError, ControlError
 from cachefs.hiding import Hiding, cloud_files
+from cachefs.instance_walk import shown
+from cachefs.mountpoint import device_of, mounted
 from cachefs.options import plain_options
 from cachefs.shown import BOLD, STATE_COLOURS, coloured, columns_of, is_terminal
 from cachefs.sources.reasons import in_words
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
+MOUNT_UNIT: Final = "var-lib-nova-instances-_base.mount"
 KERNEL_MIN: Final = (4, 18)  # The first in which an account other than root may mount in a namespace of its own.
 CLOCK_DOUBT_S, CLOCK_WRONG_S = 5.0, 60.0
 RANGE_BYTES: Final = 4096
@@ -150,6 +154,7 @@ def _of(config: Config) -> list[tuple[str, Callable[[], Findings], str]]:
     return [
         ("FUSE", lambda: _fuse(config), ""),
         ("mountpoint", lambda: _mountpoint(mountpoint), abort),
+        ("nova/", lambda: _nova(config), abort),
         ("daemon", lambda: _daemon(where), "`cachefs debug tasks`, or SIGUSR1 and its log, show where it is"),
         ("store", lambda: _store(config), disk),
         ("Glance", lambda: _glance(config), glance),
@@ -314,6 +319,31 @@ def _mountpoint(path: str) -> Findings:
         yield ok("mountpoint", f"{path}: cachefs is mounted and answers")
 
 
+def _nova(config: Config) -> Findings:
+    if not config.nova.enabled:
+        return
+    mounts = mounted()
+    device = device_of(config.mount.mountpoint, mounts)
+    ours = [one for one in mounts if one.kind == "fuse.cachefs" and one.root == b"/nova"]
+    dead = [shown(one.path) for one in ours if one.device != device and _is_dead(one.path)]
+    if dead:
+        yield problem(
+            "nova/", f"bound to {', '.join(dead)}: a bind of a daemon that is gone",
+            f"umount -l {dead[0]}, then systemctl restart {MOUNT_UNIT} (or bind it again)",
+        )  # fmt: skip
+    alive = sorted({shown(one.path) for one in ours if one.device == device})
+    owner = _name_of(config.nova.uid)
+    yield ok("nova/", f"belongs to {owner}, bound to {', '.join(alive) or 'nothing: Nova has its own _base'}")
+
+
+def _is_dead(path: bytes) -> bool:
+    try:
+        os.statvfs(path)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
 def _unmounted(path: str) -> Finding:
     try:
         info = os.stat(path)
@@ -345,6 +375,7 @@ def _daemon(where: str) -> Findings:
     yield ok("daemon", f"cachefs {status['version']}, pid {status['pid']}: {status['ready']['state']}")
     for reason in status["ready"]["reasons"]:
         yield warning("daemon", reason, "`cachefs status` says more")
+    yield from _scratch(status.get("nova"))
     path = status["mountpoint"]
     seen = mounted_at(path, Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
     if status["ready"]["is_ready"] and seen is None:
@@ -354,6 +385,18 @@ def _daemon(where: str) -> Findings:
             "take PrivateTmp=, ProtectSystem= and the like out of its unit (systemctl cat cachefs); "
             "to a container, give the mount with propagation",
         )
+
+
+def _scratch(nova: dict[str, Any] | None) -> Findings:
+    """By what the daemon says of `nova/`."""
+    if nova is None:
+        return
+    yield ok("scratch files", f"{nova['files']} in nova/, {size(nova['bytes'])}")
+    if nova["strangers"]:
+        yield warning(
+            "scratch files", f"{nova['strangers']} things that are no plain files lie among them: not used",
+            "look at what is there: nobody but the daemon should write into the store's folder",
+        )  # fmt: skip
 
 
 def _store(config: Config) -> Findings:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 
 from cachefs import logs
 from cachefs.catalog import Catalog, Image
-from cachefs.errors import Leased, NoEntry, ReadOnly, ScratchFailed
+from cachefs.errors import ImageForbidden, Leased, NoEntry, ReadOnly, ScratchFailed
 from cachefs.guest_disks import GuestDisks
 from cachefs.namespace import Node, ScratchNode, Slot, base_name
 from cachefs.scratch import Attributes, Owner, Scratch, ScratchFile
@@ -53,12 +53,16 @@ class NovaFolder:
         if number is not None:
             return ScratchNode(number)
         image = await self._catalog.lookup_base(name)
-        disk = await self._disks.inspect(image)
+        try:
+            disk = await self._disks.inspect(image)
+            is_refused = disk.refused is not None
+        except ImageForbidden:
+            is_refused = True
         number = self.scratch.number_of(name)
         if number is not None:  # Meanwhile somebody made one.
             return ScratchNode(number)
         # What is refused is there and cannot be opened. Else Nova would take it for missing, and fetch it.
-        is_raw = self.kind is ViewKind.RAW or disk.refused is not None
+        is_raw = self.kind is ViewKind.RAW or is_refused
         return Node(Slot.RAW if is_raw else Slot.ORIGINAL, image.number)
 
     def entries(self) -> list[tuple[bytes, Node | ScratchNode]]:

@@ -1,0 +1,669 @@
+"""`nova/` as Nova, libvirt and qemu use a `_base` folder: by their own calls and tools, through a real mount. What
+needs Glance to be well has a real one; what needs it to be odd a scripted one."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import random
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from cachefs.namespace import NO_BASE
+from tests import disks
+from tests.cloud import Glance
+from tests.cloud.service import poll_until
+from tests.disks import MIB
+from tests.hostile import QCOW2
+from tests.instance_disks import make_disk
+from tests.node import Node, errno_of, read_direct
+from tests.origin import Kind, OriginImage, ScriptedOrigin, pattern
+
+pytestmark = [
+    pytest.mark.mount,
+    pytest.mark.skipif(shutil.which("qemu-img") is None, reason="there is no qemu-img (qemu-utils)"),
+]
+
+NOVA: Final = 4242  # An account that no machine has.
+AS_NOVA: Final = ("setpriv", "--reuid", str(NOVA), "--regid", str(NOVA), "--clear-groups")
+AS_QEMU: Final = ("setpriv", "--reuid", "4243", "--regid", "4243", "--clear-groups")
+SIZE: Final = 6 * MIB
+LISTING: Final = 2  # Requests: the images that are hidden are asked for by themselves.
+# As `nova.virt.images.qemu_img_info` runs it.
+INFO: Final = ("prlimit", "--cpu=30", "--as=2147483648", "env", "LC_ALL=C", "LANG=C", "qemu-img", "info")
+A, B, C = (f"70000000-0000-4000-8000-00000000000{n}" for n in (1, 2, 3))
+BYTES: Final = pattern(SIZE)(0, SIZE)
+
+
+def run(*command: str | Path, as_: tuple[str, ...] = ()) -> str:
+    done = subprocess.run(
+        [*as_, *map(str, command)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def sha1(image: str) -> str:
+    """As `nova.virt.libvirt.imagecache.get_cache_fname` has it."""
+    return hashlib.sha1(image.encode(), usedforsecurity=False).hexdigest()
+
+
+def base(node: Node, image: str) -> Path:
+    return node.mountpoint / "nova" / sha1(image)
+
+
+def info(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(*INFO, path, "--force-share", "--output=json"))
+    return found
+
+
+@contextmanager
+def a_node(*endpoints: str, **sections: Any) -> Iterator[Node]:
+    """With a mount that other accounts can reach, which pytest's folders are not for."""
+    with tempfile.TemporaryDirectory(prefix="cachefs-nova-") as folder:
+        os.chmod(folder, 0o755)
+        node = Node(Path(folder), *endpoints)
+        node.configure(nova={"uid": NOVA, "gid": NOVA}, **sections)
+        with node:
+            yield node
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is inside of the images: data, a hole, data."""
+    path = tmp_path_factory.mktemp("disk") / "raw"
+    path.write_bytes(random.Random(5).randbytes(SIZE // 2))
+    os.truncate(path, 3 * SIZE)
+    with path.open("r+b") as file:
+        file.seek(2 * SIZE)
+        file.write(random.Random(6).randbytes(SIZE // 2))
+    return path
+
+
+@pytest.fixture(scope="module", params=["raw", "qcow2"])
+def image(
+    request: pytest.FixtureRequest, glance: Glance, disk: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    path = tmp_path_factory.mktemp("image") / "image"
+    run("qemu-img", "convert", "-f", "raw", "-O", request.param, disk, path)
+    return glance.upload(f"nova {request.param}", path, disk_format=request.param)
+
+
+@pytest.fixture(scope="module")
+def node(glance: Glance) -> Iterator[Node]:
+    with a_node(glance.endpoint) as node:
+        yield node
+
+
+@pytest.fixture
+def origin() -> Iterator[ScriptedOrigin]:
+    with ScriptedOrigin([OriginImage.of(A, "one", BYTES), OriginImage.of(B, "two", BYTES[::-1])]) as origin:
+        yield origin
+
+
+# ── An image as a base: rows 2, 4 to 8, 10 to 12, 16 ──────────────────────────────────────────────────
+
+
+def test_a_base_is_there_before_anybody_fetched_it(node: Node, image: str, disk: Path) -> None:
+    path = base(node, image)
+    assert path.exists(), "though the daemon was started before the image was made"
+    assert path.stat().st_size == disk.stat().st_size
+    assert path.stat().st_ino == (node.mountpoint / "raw" / image).stat().st_ino, "pages are shared, and leases"
+    for name in (
+        NO_BASE.decode(),
+        f"{sha1(image)}_sm",
+        f"{sha1(image)}_20",
+        sha1("no image"),
+        sha1(image).upper(),
+    ):
+        assert not (node.mountpoint / "nova" / name).exists(), name
+
+
+def test_what_nova_asks_of_it_before_it_makes_a_disk(node: Node, image: str, disk: Path, tmp_path: Path) -> None:
+    path = base(node, image)
+    with path.open("rb") as file:  # `get_image_format` reads no more.
+        assert file.read(256 << 10) == disk.read_bytes()[: 256 << 10]
+    os.utime(path)  # As privsep does it, which is root.
+    said = info(path)
+    assert (said["format"], said["virtual-size"]) == ("raw", disk.stat().st_size)
+    overlay = tmp_path / "disk"
+    options = f"backing_file={path},backing_fmt=raw"
+    run("qemu-img", "create", "-f", "qcow2", "-o", options, overlay, "1G")
+    assert info(overlay)["full-backing-filename"] == str(path)
+    run("qemu-img", "rebase", "-u", "-F", "raw", "-b", path, "-f", "qcow2", overlay)
+    flat = tmp_path / "flat"
+    run("qemu-img", "convert", "-t", "none", "-f", "qcow2", "-O", "raw", overlay, flat)
+    assert flat.stat().st_size == 1 << 30
+    with flat.open("rb") as whole:
+        assert whole.read(disk.stat().st_size) == disk.read_bytes()
+    copy = tmp_path / "copy"
+    run("cp", "-r", path, copy)
+    run("qemu-img", "resize", "-f", "raw", copy, "40M")
+    assert copy.read_bytes()[: disk.stat().st_size] == disk.read_bytes()
+
+
+def test_what_qemu_does_with_it(node: Node, image: str, disk: Path) -> None:
+    """Opened past the page cache, probed, locked, read."""
+    path = base(node, image)
+    assert read_direct(path, 0, 4096) == disk.read_bytes()[:4096]
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        os.fstatvfs(file)
+        for byte in (100, 201, 203):
+            lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+        with mmap.mmap(-1, 4096) as room:
+            assert os.preadv(file, [room], 2 * SIZE) == 4096
+            assert room[:] == disk.read_bytes()[2 * SIZE : 2 * SIZE + 4096]
+    finally:
+        os.close(file)
+
+
+def test_what_libvirt_tries_fails_as_it_tolerates(node: Node, image: str) -> None:
+    path = base(node, image)
+    assert errno_of(lambda: os.chown(path, 0, 0)) in (errno.EROFS, errno.EPERM)
+    assert errno_of(lambda: os.chmod(path, 0o644)) in (errno.EROFS, errno.EPERM)
+    assert errno_of(lambda: path.open("r+b")) == errno.EROFS
+    assert path.stat().st_mode & 0o004, "the hypervisor reads it as itself"
+    run("head", "-c", "4096", path, as_=AS_QEMU)
+
+
+def test_who_owns_the_images_may_touch_them_while_glance_is_away(origin: ScriptedOrigin) -> None:
+    with a_node(origin.url, mount={"uid": NOVA, "gid": NOVA}) as node:
+        path = base(node, A)
+        before = path.stat().st_mtime_ns
+        origin.stop()
+        try:
+            run("touch", path, as_=AS_NOVA)
+            touched = path.stat().st_mtime_ns
+            assert touched > before
+            os.utime(path)
+            assert path.stat().st_mtime_ns > touched
+            others = subprocess.run([*AS_QEMU, "touch", str(path)], capture_output=True, text=True, check=False)
+            assert "Permission denied" in others.stderr
+            assert "leased by a touch" in node.cli("image", A, "--json").stdout
+            assert not (node.mountpoint / "nova" / sha1(C)).exists()
+            assert errno_of(lambda: os.close(os.open(node.mountpoint / "nova" / sha1(C), os.O_CREAT))) is None, (
+                "what Nova copies from another host has a place"
+            )
+        finally:
+            origin.start()
+
+
+# ── What is listed, what is removed: row 14 ───────────────────────────────────────────────────────────
+
+
+def listed(node: Node) -> set[str]:
+    return set(os.listdir(node.mountpoint / "nova"))
+
+
+def cached(node: Node, image: str) -> int:
+    return int(next(row["cached"] for row in node.ask("images") if row["id"] == image))
+
+
+def test_only_what_is_here_is_listed_and_what_nova_removes_is_dropped(origin: ScriptedOrigin) -> None:
+    with a_node(origin.url) as node:
+        assert listed(node) == set()
+        assert base(node, A).read_bytes() == BYTES
+        asked = len(origin.of_kind(Kind.LIST))
+        (node.mountpoint / "nova" / "swap_1").write_bytes(b"x")
+        assert listed(node) == {sha1(A), "swap_1"}
+        with base(node, B).open("rb"):
+            assert listed(node) == {sha1(A), sha1(B), "swap_1"}
+            for name in listed(node):  # As the periodic pass looks at each.
+                assert os.path.isfile(node.mountpoint / "nova" / name)
+                assert os.path.getmtime(node.mountpoint / "nova" / name) > 0
+            node.wait_for_status(lambda now: now["instances"]["looks"] > 1)
+            os.remove(base(node, A))
+            assert poll_until(lambda: cached(node, A) == 0, 20)
+            os.remove(base(node, B))
+            assert listed(node) == {"swap_1"}
+        assert base(node, A).exists()
+        assert listed(node) == {"swap_1"}, "to look is not to use"
+        assert cached(node, B) > 0, "it was open"
+        os.utime(base(node, B))
+        assert listed(node) == {sha1(B), "swap_1"}
+        assert base(node, A).read_bytes() == BYTES
+        assert listed(node) == {sha1(A), sha1(B), "swap_1"}
+        assert len(origin.of_kind(Kind.LIST)) == asked, "Glance was asked for none of this"
+
+
+def test_many_unknown_names_cost_one_listing(origin: ScriptedOrigin) -> None:
+    with a_node(origin.url, glance={"negative_ttl": 3600}) as node:
+        base(node, A).stat()
+        before, began_s = len(origin.of_kind(Kind.LIST)), time.monotonic()
+        names = [node.mountpoint / "nova" / sha1(str(n)) for n in range(200)]
+        with ThreadPoolExecutor(16) as pool:
+            assert not any(pool.map(os.path.exists, names * 3))
+        assert len(origin.of_kind(Kind.LIST)) - before <= LISTING * (1 + time.monotonic() - began_s)
+        assert origin.of_kind(Kind.IMAGE) == []
+
+
+# ── Images that may not be had ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("view", ["raw", "images"])
+def test_what_is_refused_is_there_and_not_opened_so_that_nova_does_not_fetch_it(view: str, tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    run("qemu-img", "create", "-q", "-f", "qcow2", good, "16M")
+    bad = next(case for case in QCOW2 if case.name == "a backing file").change(good.read_bytes())
+    images = [
+        OriginImage.of(A, "bad", bad, disk_format="qcow2"),
+        OriginImage.of(B, "off", BYTES, status="deactivated"),
+    ]
+    with ScriptedOrigin(images) as origin, a_node(origin.url) as node:
+        node.stop()
+        node.configure(nova={"view": view})
+        node.start()
+        assert base(node, A).exists()
+        assert errno_of(lambda: base(node, A).open("rb")) == errno.EPERM
+        refused = subprocess.run([*INFO, base(node, A)], capture_output=True, text=True, check=False)
+        assert "Operation not permitted" in refused.stderr
+        assert base(node, B).exists()
+        assert errno_of(lambda: base(node, B).open("rb")) == errno.EACCES
+
+
+def test_originals_for_who_does_not_want_raw_ones(glance: Glance, image: str) -> None:
+    with a_node(glance.endpoint) as node:
+        node.stop()
+        node.configure(nova={"view": "images"})
+        node.start()
+        assert base(node, image).read_bytes() == node.path(image).read_bytes()
+        assert base(node, image).stat().st_ino == node.path(image).stat().st_ino
+
+
+def test_without_it_there_is_none(origin: ScriptedOrigin, tmp_path: Path) -> None:
+    node = Node(tmp_path, origin.url)
+    node.configure(nova={"enabled": "false"})
+    with node:
+        assert "nova" not in os.listdir(node.mountpoint)
+        assert not (node.mountpoint / "nova").exists()
+        assert not (node.store / "nova").exists()
+        assert os.statvfs(node.mountpoint).f_bavail == 0
+        assert node.status()["nova"] is None
+
+
+# ── Scratch files: rows 3, 9, 13 ──────────────────────────────────────────────────────────────────────
+
+
+def test_what_nova_fetches_itself_is_kept_and_served(origin: ScriptedOrigin, disk: Path, tmp_path: Path) -> None:
+    """`fetch_to_raw`: an image that this node does not know, as Nova's own account."""
+    qcow2 = tmp_path / "image"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, qcow2)
+    with a_node(origin.url, glance={"negative_ttl": 0}) as node:
+        path = base(node, C)
+        part, converted = Path(f"{path}.part"), Path(f"{path}.converted")
+        with qcow2.open("rb") as data:
+            subprocess.run([*AS_NOVA, "sh", "-c", f"cat > {part} && sync {part}"], stdin=data, check=True)
+        assert info(part)["format"] == "qcow2"
+        run("qemu-img", "convert", "-t", "none", "-O", "raw", "-f", "qcow2", part, converted, as_=AS_NOVA)
+        os.unlink(part)
+        assert info(converted)["format"] == "raw"
+        run("mv", "-T", converted, path, as_=AS_NOVA)
+        assert listed(node) == {sha1(C)}
+        found = path.stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (NOVA, NOVA, 0o644)
+        assert found.st_blocks * 512 < 2 * SIZE, "what is a hole takes no room"
+        assert path.read_bytes() == disk.read_bytes()
+        run("head", "-c", "4096", path, as_=AS_QEMU)
+        # Glance shows it now. What Nova wrote and looked at stands before it, over a restart too.
+        origin.add(OriginImage.of(C, "late", BYTES))
+        assert (node.mountpoint / "images" / C).read_bytes() == BYTES
+        assert path.read_bytes() == disk.read_bytes()
+        node.stop()
+        node.start()
+        assert path.read_bytes() == disk.read_bytes()
+        assert path.stat().st_ino == found.st_ino
+        assert (path.stat().st_uid, path.stat().st_mode) == (NOVA, found.st_mode)
+        run("rm", path, as_=AS_NOVA)
+        assert path.read_bytes() == BYTES
+
+
+def test_renamed_over_an_image_it_stands_before_it(origin: ScriptedOrigin) -> None:
+    """rsync from another host."""
+    with a_node(origin.url) as node:
+        path = base(node, A)
+        with path.open("rb") as guest:
+            assert guest.read(4096) == BYTES[:4096]
+            part = path.with_name(f".{path.name}.a1b2c3")
+            part.write_bytes(b"other")
+            os.rename(part, path)
+            assert path.read_bytes() == b"other"
+            assert listed(node) == {sha1(A)}
+            assert guest.read() == BYTES[4096:], "who has the image open reads on"
+        assert (node.mountpoint / "raw" / A).read_bytes() == BYTES
+        os.unlink(path)
+        assert path.read_bytes() == BYTES
+        (path.parent / "x").write_bytes(b"x")
+        assert errno_of(lambda: os.rename(path, path.parent / "y")) == errno.EROFS
+        assert errno_of(lambda: os.rename(path.parent / "x", node.mountpoint / "x")) == errno.EROFS
+        assert errno_of(lambda: os.rename(path.parent / "x", node.folder / "x")) == errno.EXDEV
+        assert (path.parent / "x").read_bytes() == b"x"
+
+
+def test_copied_from_another_host_in_place(origin: ScriptedOrigin, disk: Path) -> None:
+    """scp writes to the name itself."""
+    with a_node(origin.url) as node:
+        run("cp", disk, base(node, C))
+        assert base(node, C).read_bytes() == disk.read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("mkfs.ext4") is None, reason="there is no mkfs.ext4 (e2fsprogs)")
+def test_an_ephemeral_disk_and_a_swap(node: Node, tmp_path: Path) -> None:
+    folder = node.mountpoint / "nova"
+    ephemeral, swap = folder / "ephemeral_1_0706d66", folder / "swap_64"
+    run("qemu-img", "create", "-f", "raw", ephemeral, "1G", as_=AS_NOVA)
+    run("mkfs.ext4", "-F", "-q", "-L", "ephemeral0", ephemeral)
+    run("qemu-img", "create", "-f", "raw", swap, "64M", as_=AS_NOVA)
+    run("mkswap", swap)
+    assert ephemeral.stat().st_size == 1 << 30
+    assert ephemeral.stat().st_blocks * 512 < 256 * MIB
+    run("e2fsck", "-fn", ephemeral)
+    os.utime(ephemeral)
+    overlay = tmp_path / "disk.eph0"
+    run("qemu-img", "create", "-f", "qcow2", "-o", f"backing_file={ephemeral},backing_fmt=raw", overlay)
+    flat = tmp_path / "flat"
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", overlay, flat)
+    run("cmp", flat, ephemeral)
+    # libvirt gives it to the hypervisor's account, and takes it back.
+    os.chown(ephemeral, 4243, 4243)
+    os.chmod(ephemeral, 0o600)
+    run("head", "-c", "1", ephemeral, as_=AS_QEMU)
+    done = subprocess.run([*AS_NOVA, "head", "-c", "1", str(ephemeral)], capture_output=True, check=False)
+    assert done.returncode == 1
+    assert node.store.joinpath("nova", ephemeral.name).stat().st_uid == os.geteuid(), (
+        "on the disk it is the daemon's"
+    )
+    with ephemeral.open("r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+        with ephemeral.open("r+b") as other:
+            lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+            assert errno_of(lambda: fcntl.fcntl(other, fcntl.F_OFD_SETLK, lock)) == errno.EAGAIN
+    totals = node.status()["nova"]
+    assert (totals["files"], totals["strangers"]) == (2, 0)
+    assert totals["bytes"] == ephemeral.stat().st_blocks * 512 + swap.stat().st_blocks * 512
+    os.unlink(ephemeral)
+    os.unlink(swap)
+    assert node.status()["nova"]["bytes"] == 0
+
+
+def test_it_is_an_ordinary_file(node: Node) -> None:
+    """Against one on the disk, by the same calls."""
+    seen = []
+    for folder in (node.folder, node.mountpoint / "nova"):
+        path, rng = folder / "ordinary", random.Random(7)
+        with path.open("w+b", buffering=0) as file:
+            for _ in range(60):
+                at, length = rng.randrange(3 * MIB), rng.randrange(1, 300_000)
+                match rng.randrange(4):
+                    case 0 | 1:
+                        os.pwrite(file.fileno(), rng.randbytes(length), at)
+                    case 2:
+                        os.ftruncate(file.fileno(), at)
+                    case 3:
+                        os.fsync(file.fileno())
+        with path.open("ab") as file:
+            file.write(b"at the end")
+        direct = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_DSYNC)
+        with mmap.mmap(-1, 8192) as room:
+            room[:] = bytes(range(256)) * 32
+            assert os.pwritev(direct, [room], 4096) == 8192
+        os.close(direct)
+        os.utime(path, ns=(1, 981173106789012345))
+        found = path.stat()
+        seen.append((path.read_bytes(), found.st_size, found.st_atime_ns, found.st_mtime_ns, found.st_nlink))
+        with path.open("r+b", buffering=0) as file:
+            os.unlink(path)
+            file.write(b"gone")
+            os.ftruncate(file.fileno(), 2)
+            os.fchmod(file.fileno(), 0o640)
+            assert os.fstat(file.fileno()).st_size == 2
+            assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o640
+            assert os.pread(file.fileno(), 9, 0) == b"go"
+        assert not path.exists()
+        assert errno_of(lambda path=path: path.open("rb")) == errno.ENOENT  # type: ignore[misc]
+    assert seen[0] == seen[1]
+
+
+def test_what_there_is_none_of(node: Node, image: str) -> None:
+    folder, path = node.mountpoint / "nova", base(node, image)
+    tries: list[Callable[[], object]] = [
+        lambda: os.mkdir(folder / "x"),
+        lambda: os.symlink("x", folder / "x"),
+        lambda: os.link(path, folder / "x"),
+        lambda: os.mkfifo(folder / "x"),
+        lambda: os.rmdir(path),
+    ]
+    for attempt in tries:
+        assert errno_of(attempt) in (errno.EROFS, errno.EPERM, errno.ENOTDIR)
+    assert "x" not in listed(node)
+    for elsewhere in ("images", "raw", "by-name", "."):
+        assert errno_of(lambda e=elsewhere: os.mknod(node.mountpoint / e / "x")) == errno.EROFS  # type: ignore[misc]
+
+
+def test_others_may_not_write_there(node: Node) -> None:
+    folder = node.mountpoint / "nova"
+    assert (folder.stat().st_uid, stat.S_IMODE(folder.stat().st_mode)) == (NOVA, 0o755)
+    (folder / "file").write_bytes(b"x")
+    for script in (f"echo > {folder}/other", f"rm -f {folder}/file", f"mv {folder}/file {folder}/other"):
+        done = subprocess.run([*AS_QEMU, "sh", "-c", script], capture_output=True, check=False)
+        assert done.returncode != 0
+    assert (folder / "file").read_bytes() == b"x"
+    os.unlink(folder / "file")
+
+
+# ── Hostile ones ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_names_as_strange_as_they_come(node: Node) -> None:
+    folder = os.fsencode(node.mountpoint / "nova")
+    names = [b"a\nb", b"\xff\xfe", b"..x", b" ", b"x" * 255, "ünï".encode(), b"-rf", b"%s%n"]
+    for name in names:
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(name)
+    assert set(names) <= set(os.listdir(folder))
+    node.stop()
+    node.start()
+    for name in names:
+        with open(os.path.join(folder, name), "rb") as file:
+            assert file.read() == name
+        os.unlink(os.path.join(folder, name))
+    for name in (b"x" * 256, b"../x", b"a/b"):
+        assert errno_of(lambda n=name: os.open(os.path.join(folder, n), os.O_CREAT)) is not None  # type: ignore[misc]
+    assert sorted(os.listdir(node.store)) == ["index", "lock", "nova", "segments"]
+
+
+def test_what_somebody_planted_is_not_followed(origin: ScriptedOrigin, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    with a_node(origin.url) as node:
+        inside, folder = node.store / "nova", node.mountpoint / "nova"
+        (folder / "real").write_bytes(b"real")
+        node.stop()
+        (inside / "link").symlink_to(secret)
+        os.mkfifo(inside / "fifo")
+        (inside / "folder").mkdir()
+        hard = node.folder / "hard"
+        hard.write_bytes(b"hard")
+        os.link(hard, inside / "hard")
+        node.start()
+        assert listed(node) == {"real"}
+        assert node.status()["nova"]["strangers"] == 4
+        assert "4 things that are no plain files" in node.cli("doctor").stdout
+        for name in ("link", "fifo", "folder", "hard"):
+            assert errno_of(lambda n=name: (folder / n).open("rb")) == errno.ENOENT  # type: ignore[misc]
+            assert errno_of(lambda n=name: (folder / n).write_bytes(b"x")) == errno.EEXIST  # type: ignore[misc]
+            assert errno_of(lambda n=name: os.rename(folder / "real", folder / n)) == errno.EEXIST  # type: ignore[misc]
+        # And in the place of a file that was known.
+        os.unlink(inside / "real")
+        (inside / "real").symlink_to(secret)
+        assert errno_of(lambda: (folder / "real").write_bytes(b"x")) == errno.ESTALE
+        os.unlink(inside / "real")
+        os.link(hard, inside / "real")
+        assert errno_of(lambda: (folder / "real").read_bytes()) == errno.ESTALE
+        assert (secret.read_bytes(), hard.read_bytes()) == (b"secret", b"hard")
+        assert base(node, A).read_bytes() == BYTES
+
+
+def test_two_writers_and_a_race_of_renames(node: Node) -> None:
+    folder = node.mountpoint / "nova"
+    target = folder / sha1("raced")
+    pieces = [bytes([n]) * 100_000 for n in range(8)]
+
+    def writer(n: int) -> None:
+        for turn in range(12):
+            part = folder / f"{n}.part"
+            part.write_bytes(pieces[n])
+            os.rename(part, target)
+            if turn % 3 == 0:
+                with_errno = errno_of(lambda: os.unlink(target))
+                assert with_errno in (None, errno.ENOENT)
+
+    def reader(_: int) -> None:
+        for _ in range(60):
+            try:
+                found = target.read_bytes()
+            except FileNotFoundError:
+                continue
+            assert found in pieces, "all of one writer's"
+
+    with ThreadPoolExecutor(10) as pool:
+        done = [pool.submit(writer, n) for n in range(8)] + [pool.submit(reader, n) for n in range(2)]
+        for one in done:
+            one.result()
+    assert not [name for name in listed(node) if name.endswith(".part")]
+    target.unlink(missing_ok=True)
+    both = folder / "both"
+    with both.open("wb") as left, both.open("r+b") as right:
+        left.write(b"1" * 4096)
+        right.seek(4096)
+        right.write(b"2" * 4096)
+    assert both.read_bytes() == b"1" * 4096 + b"2" * 4096
+    both.unlink()
+    assert os.listdir(node.store / "nova") == []
+
+
+# ── Room ──────────────────────────────────────────────────────────────────────────────────────────────
+
+DISK_SIZE: Final = 192 * MIB
+
+
+def taken_by(file: FileIO, data: bytes) -> int:
+    """How much of it a full disk takes."""
+    try:
+        return file.write(data)
+    except OSError:
+        return 0
+
+
+@pytest.mark.loop
+def test_on_a_full_disk_the_writer_hears_of_it_and_nothing_is_lost(tmp_path: Path) -> None:
+    big = pattern(48 * MIB)
+    images = [OriginImage(A, "one", 48 * MIB, big), OriginImage.of(B, "two", BYTES)]
+    with ExitStack() as stack:
+        memory = os.memfd_create("tests-nova-disk")
+        stack.callback(os.close, memory)
+        os.ftruncate(memory, DISK_SIZE)
+        file = f"/proc/{os.getpid()}/fd/{memory}"
+        disks.make_ext4(file)
+        mounted = tmp_path / "disk"
+        mounted.mkdir()
+        disks.mount(stack.enter_context(disks.loop_device(file)), mounted)
+        stack.callback(disks.unmount_patiently, mounted)
+        origin = stack.enter_context(ScriptedOrigin(images))
+        store = mounted / "store"
+        settings = {"path": store, "min_free": "48M", "max_size": "100%", "commit_interval": 0.1}
+        node = stack.enter_context(Node(tmp_path, origin.url, store=settings))
+        assert node.path(A).read_bytes() == big(0, 48 * MIB)
+        node.wait_for_status(lambda now: now["instances"]["looks"] > 1)
+        assert cached(node, A) == 48 * MIB
+        # Scratch files take the room, and what is cached gives way.
+        first = node.mountpoint / "nova" / "first"
+        kept = random.Random(9).randbytes(MIB)
+        with first.open("wb", buffering=0) as scratch:
+            for _ in range(80):
+                assert scratch.write(kept) == MIB
+            os.fsync(scratch.fileno())
+        assert poll_until(lambda: cached(node, A) < 48 * MIB, 30), "eviction gives way"
+        second, written = node.mountpoint / "nova" / "second", 0
+        with second.open("wb", buffering=0) as scratch:
+            while written < DISK_SIZE and (took := taken_by(scratch, kept)) > 0:
+                written += took
+            assert errno_of(lambda: scratch.write(kept)) == errno.ENOSPC
+        assert written > 16 * MIB
+        assert second.stat().st_size == written
+        assert second.read_bytes() == (kept * (written // MIB + 1))[:written]
+        assert first.read_bytes() == kept * 80
+        assert base(node, B).read_bytes() == BYTES, "what has no room is served all the same"
+        assert errno_of(lambda: (node.mountpoint / "nova" / "third").write_bytes(kept)) == errno.ENOSPC
+        second.unlink()
+        os.unlink(node.mountpoint / "nova" / "third")
+        with second.open("wb", buffering=0) as scratch:
+            assert scratch.write(kept) == MIB
+        node.stop()
+        checked = node.cli("check", "--repair")
+        assert checked.returncode in (0, 1), checked.stderr
+        assert (store / "nova" / "first").read_bytes() == kept * 80, "no business of a check or a repair"
+        node.start()
+        assert first.read_bytes() == kept * 80
+
+
+# ── Disks of instances: rows 13 and 17 ────────────────────────────────────────────────────────────────
+
+
+def named(node: Node, image: str) -> bool:
+    return "named by an instance disk" in node.cli("image", image, "--json").stdout
+
+
+def test_a_disk_that_names_a_base_by_novas_path_leases_the_image(origin: ScriptedOrigin) -> None:
+    with a_node(origin.url, leases={"interval": 1}) as node:
+        instances = node.folder / "instances"
+        bound = instances / "_base"
+        bound.mkdir(parents=True)
+        subprocess.run(["mount", "--bind", node.mountpoint / "nova", bound], check=True)
+        try:
+            with (bound / sha1(A)).open("rb") as file:
+                assert file.read() == BYTES
+            make_disk(instances / "1" / "disk", bound / sha1(A))
+            make_disk(instances / "2" / "disk", node.mountpoint / "nova" / sha1(B))
+            # One on what Nova fetched itself: no image is meant by it.
+            (bound / sha1(C)).write_bytes(b"scratch")
+            make_disk(instances / "3" / "disk", bound / sha1(C))
+            origin.add(OriginImage.of(C, "late", BYTES))
+            os.listdir(node.mountpoint / "images")
+            assert poll_until(lambda: named(node, A) and named(node, B), 30), node.log
+            assert (node.mountpoint / "images" / C).exists()
+            looks = node.status()["instances"]["looks"]
+            node.wait_for_status(lambda now: now["instances"]["looks"] > looks + 1)
+            assert not named(node, C)
+            assert "_base" not in str(node.status()["instances"]["folders"][0]["first_error"])
+            os.unlink(bound / sha1(A))  # Nova thinks that nobody uses it: it may be another host's instance.
+            assert cached(node, A) == SIZE
+            assert node.cli("evict", A).returncode == 1
+        finally:
+            subprocess.run(["umount", bound], check=True)
+        # Without the bind it is a name like any other. What was leased by it stays so for the time of grace.
+        node.wait_for_status(lambda now: now["instances"]["looks"] > looks + 4)
+        assert named(node, A)
