@@ -57,7 +57,7 @@ LOOK_S = 60.0
 CONFIRMED_MAX, CONFIRM_EVERY_S = 50, 600.0
 # For names of Nova's that are unknown there is a listing no sooner than so many seconds after the last one, or so
 # many times as long as that took.
-BASES_EVERY_S, BASES_SHARE = 1.0, 9.0
+BASES_EVERY_S, BASES_SHARE = 1.0, 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +357,7 @@ class Catalog:
     async def lookup_base(self, name: bytes) -> Image:
         """The image whose file Nova calls so. Glance cannot be asked for a SHA-1: an unknown one has all images
         listed, once in `negative_ttl_s`, and however many names are asked for, so seldom that listings take no
-        more than a tenth of the time. Raises NoEntry, also when Glance does not say: who asks is to go on then."""
+        more than a quarter of the time. Raises NoEntry, also when Glance does not say: who asks is to go on."""
         if name not in self._bases and is_base_name(name):
             await self._look_for_base(name.decode())
         image = self._bases.get(name)
@@ -373,7 +373,7 @@ class Catalog:
             return
         if now >= due_s or "" in self._asking:
             try:
-                await self._ask("", self._ask_all, UNKNOWN_WAIT_S)
+                await self._ask("", self._ask_all, LISTING_WAIT_S)
             except OriginError as error:
                 log.debug("taken for unknown: %s", error)
             self._remember_unknown(name)

@@ -61,7 +61,7 @@ from cachefs.namespace import (
     size_of,
 )
 from cachefs.notices import Notices
-from cachefs.nova_folder import NovaFolder
+from cachefs.nova_folder import NEGATIVE_TTL_S, NovaFolder
 from cachefs.scratch import Attributes, Changes, Owner, ScratchFile
 from cachefs.store.content import Store
 from cachefs.store.format import ViewKind, ViewNo
@@ -272,6 +272,8 @@ class Filesystem(pyfuse3.Operations):
         missing = EntryAttributes()
         missing.st_ino = pyfuse3.InodeT(0)  # "No such name", which the kernel may remember for so long:
         missing.entry_timeout = self._negative_ttl_s
+        if parent == Folder.NOVA:
+            missing.entry_timeout = min(self._negative_ttl_s, NEGATIVE_TTL_S)
         return missing
 
     async def _lookup_size(self, image: Image, size: int) -> EntryAttributes:

@@ -13,9 +13,11 @@ import errno
 import os
 from collections.abc import Callable, Collection
 
+import trio
+
 from cachefs import logs
 from cachefs.catalog import Catalog, Image
-from cachefs.errors import ImageForbidden, Leased, NoEntry, ReadOnly, ScratchFailed
+from cachefs.errors import ImageForbidden, Leased, NoEntry, OriginUnavailable, ReadOnly, ScratchFailed
 from cachefs.guest_disks import GuestDisks
 from cachefs.namespace import Node, ScratchNode, Slot, base_name
 from cachefs.scratch import Attributes, Owner, Scratch, ScratchFile
@@ -23,6 +25,11 @@ from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
 
 log = logs.get(__name__)
+
+# The kernel looks up one name of a folder at a time: who is waited for holds up all others.
+INSPECTION_WAIT_S = 20.0
+# It asks again for a name that there is none of, after so long: an image may be made at any moment.
+NEGATIVE_TTL_S = 1.0
 
 
 class NovaFolder:
@@ -54,8 +61,11 @@ class NovaFolder:
             return ScratchNode(number)
         image = await self._catalog.lookup_base(name)
         try:
-            disk = await self._disks.inspect(image)
+            with trio.fail_after(INSPECTION_WAIT_S):
+                disk = await self._disks.inspect(image)
             is_refused = disk.refused is not None
+        except trio.TooSlowError:
+            raise OriginUnavailable(image.id, f"not inspected within {INSPECTION_WAIT_S} s") from None
         except ImageForbidden:
             is_refused = True
         number = self.scratch.number_of(name)
