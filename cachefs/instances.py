@@ -40,7 +40,7 @@ STALL_S = 30.0
 # After an image was closed the next look comes soon, and takes no more than a tenth of the time.
 PAUSE_S, PAUSE_SHARE = 5.0, 9.0
 # So often it is looked whether a folder of the mount was bound to somewhere else.
-BINDS_S = 10.0
+BINDS_S = 5.0
 IMAGES_MAX = 100_000
 # Images that are not known here are asked for one by one, no more in a row than these. One that cannot be had is
 # asked for again after so long.

@@ -140,7 +140,6 @@ class Scratch:
         try:
             path = make_scratch(store)
             self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            self._device = os.fstat(self._folder).st_dev
             with os.scandir(self._folder) as entries:
                 for entry in entries:
                     info = entry.stat(follow_symlinks=False)
@@ -327,7 +326,7 @@ class Scratch:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
             raise
         info = os.fstat(fd)
-        if (info.st_dev, info.st_ino) != (self._device, number) or not _is_plain(info):
+        if info.st_ino != number or not _is_plain(info):
             os.close(fd)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return fd

@@ -4,6 +4,7 @@ its last. The package is built as `make deb` does it, but for what the compiler 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -30,6 +31,7 @@ MAINTAINER: Final = {"DEBFULLNAME": "Zoë O'Neill & Co.", "DEBEMAIL": "images@ca
 BUILD_TIMEOUT_S: Final = 600.0
 MIB: Final = 1 << 20
 SIZE: Final = 12 * MIB + 4711
+BIND: Final = "var-lib-nova-instances-_base.mount"
 CONFIGURATION: Final = "/etc/cachefs/cachefs.conf"
 ENDED_TIMEOUT_S: Final = 60.0
 # dpkg's, adduser's and systemd's own; and what each program that looks for plug-ins notes in the home of its user.
@@ -170,6 +172,7 @@ def test_it_holds_what_it_is_to_hold_and_nothing_names_the_machine_that_built_it
     assert (environment / "pyvenv.cfg").read_text() == "home = /usr/bin\ninclude-system-site-packages = false\n"
     for page in (ROOT / "build/man").glob("*.[1-8]"):
         assert (tmp_path / f"usr/share/man/man{page.suffix[1:]}/{page.name}.gz").exists()
+    assert {path.name for path in (tmp_path / "lib/systemd/system").iterdir()} == {"cachefs.service", BIND}
     left = [path for path in environment.rglob("*") if path.suffix == ".pyc" or path.name == "direct_url.json"]
     assert left == []
     for path in environment.rglob("*"):
@@ -252,6 +255,7 @@ def the_first_day(machine: Machine, package: Path) -> None:
     assert "enabled, and not started" in said
     assert machine.systemctl("is-enabled", "cachefs").strip() == "enabled"
     assert machine.run("systemctl", "is-active", "cachefs").stdout.strip() == "inactive"
+    assert machine.run("systemctl", "is-enabled", BIND).stdout.strip() == "disabled"
     assert machine.stat("/etc/cachefs") == "750 root:cachefs"
     assert machine.stat(CONFIGURATION) == "640 root:cachefs"
     refused = machine.run("cachefs", "config", "check")
@@ -287,6 +291,13 @@ def it_is_upgraded(machine: Machine, package: Path, image: str, data: bytes) -> 
     machine.systemctl("restart", "cachefs")
     assert machine.show("cachefs", "MainPID") != daemon
     assert path.read_bytes() == data
+    # Whoever wants Nova to use it enables the bind; the next restart is of both.
+    machine.systemctl("enable", "--now", BIND)
+    base = machine.path(f"/var/lib/nova/instances/_base/{hashlib.sha1(image.encode()).hexdigest()}")
+    assert base.read_bytes() == data
+    machine.systemctl("restart", "cachefs")
+    assert poll_until(lambda: machine.mounts == ["/mnt/cachefs", "/var/lib/nova/instances/_base"], ENDED_TIMEOUT_S)
+    assert base.read_bytes() == data
     reads = json.loads(machine.ask("cachefs", "status", "--json"))["reads"]
     assert {outcome for outcome, count in reads["by_outcome"].items() if count} <= {"disk", "hit"}, reads
 
@@ -295,6 +306,9 @@ def it_is_mounted_by_mount(machine: Machine, image: str, data: bytes) -> None:
     """As a line of fstab does it; and while somebody reads, the package does not go."""
     machine.systemctl("stop", "cachefs")
     assert machine.mounts == []
+    machine.path("/var/lib/nova/instances/_base").rmdir()
+    machine.path("/var/lib/nova/instances").rmdir()
+    machine.path("/var/lib/nova").rmdir()
     assert machine.processes == []
     machine.ask("mount", "-t", "fuse.cachefs", CONFIGURATION, "/mnt/cachefs")
     assert machine.mounts == ["/mnt/cachefs"]

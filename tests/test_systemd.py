@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from tests.own_systemd import Systemd, missing_for_systemd
 from tests.test_sandbox import LACKING as NO_SANDBOX
 
 UNIT: Final = ROOT / "systemd" / "cachefs.service"
+MOUNT_UNIT: Final = ROOT / "systemd" / "var-lib-nova-instances-_base.mount"
 UNPRIVILEGED: Final = ROOT / "systemd" / "unprivileged.conf"
 OPERATIONS: Final = ROOT / "docs" / "operations.md"
 DROP_INS: Final = "/etc/systemd/system/cachefs.service.d"
@@ -33,6 +35,8 @@ VMDK: Final = "60000000-0000-4000-8000-000000000002"
 SIZE: Final = 3 << 20
 BYTES: Final = pattern(SIZE)(0, SIZE)
 FILE: Final = f"/mnt/cachefs/images/{IMAGE}"
+BASES: Final = "/var/lib/nova/instances/_base"
+BASE: Final = f"{BASES}/{hashlib.sha1(IMAGE.encode(), usedforsecurity=False).hexdigest()}"
 
 
 lacking: Final = missing_for_systemd()
@@ -244,6 +248,109 @@ def test_a_daemon_that_is_stuck_says_where_and_is_started_again(host: Host) -> N
     host.systemd.systemctl("stop", "cachefs.service")
 
 
+# ── Nova's folder ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def bound(host: Host) -> Iterator[Host]:
+    """With `nova/` bound to Nova's folder, as the unit's own first lines say."""
+    systemd = host.systemd
+    steps = [line[4:] for line in MOUNT_UNIT.read_text().splitlines() if line.startswith("#   ") and "ctl" in line]
+    systemd.write(f"/etc/systemd/system/{MOUNT_UNIT.name}", MOUNT_UNIT.read_text())
+    done = systemd.run("sh", "-ec", steps[0])
+    assert done.returncode == 0, done.stderr + systemd.log
+    yield host
+    systemd.systemctl("disable", "--now", MOUNT_UNIT.name)
+    assert binds(host) == 0
+
+
+def binds(host: Host) -> int:
+    lines = host.systemd.run("cat", "/proc/self/mountinfo").stdout.splitlines()
+    return sum(line.split()[4] == BASES for line in lines)
+
+
+def is_bound(host: Host) -> bool:
+    return host.systemd.show(MOUNT_UNIT.name, "ActiveState") == "active"
+
+
+@needs_systemd
+def test_nova_finds_its_images_and_writes_its_files(bound: Host) -> None:
+    systemd = bound.systemd
+    assert binds(bound) == 1
+    assert bound.digest(BASE) == DIGEST
+    assert bound.digest(BASE, *AS_NOBODY) == DIGEST
+    assert (
+        systemd.run("sh", "-ec", f"echo swap > {BASES}/swap_1 && mv {BASES}/swap_1 {BASES}/swap_2").returncode == 0
+    )
+    done = systemd.run("cat", f"{BASES}/swap_2")
+    assert (done.stdout, done.stderr) == ("swap\n", "")
+    assert systemd.run("stat", "-c", "%a", f"{BASES}/swap_2").stdout == "644\n"
+    doctor = systemd.run("cachefs", "doctor")
+    assert f"bound to {BASES}" in doctor.stdout, doctor.stdout
+    assert "0 problems, 0 warnings" in doctor.stdout, doctor.stdout
+    disk = make_disk(systemd.path("/var/lib/nova/instances/8/disk"), Path(BASE))
+    disk.chmod(0o644)
+    systemd.systemctl("restart", "cachefs.service")  # And with it the bind.
+    assert poll_until(lambda: "named by an instance disk" in str(bound.asks("image", IMAGE)["leases"]), 30), (
+        bound.log
+    )
+    disk.unlink()
+    assert poll_until(lambda: is_bound(bound), 20)
+    assert systemd.run("cat", f"{BASES}/swap_2").stdout == "swap\n"
+    assert systemd.run("rm", f"{BASES}/swap_2").returncode == 0
+
+
+@needs_systemd
+def test_the_bind_of_a_daemon_that_was_killed_is_done_again(bound: Host) -> None:
+    systemd = bound.systemd
+    restarts = int(bound.shows("NRestarts"))
+    # Somebody has a file open through it, so that it is busy, and dead.
+    systemd.write(
+        "/etc/systemd/system/guest.service", f"[Service]\nExecStart=/bin/sh -c 'exec sleep 1000 < {BASE}'\n"
+    )
+    systemd.systemctl("daemon-reload")
+    systemd.systemctl("start", "guest.service")
+    for turn in (1, 2):
+        systemd.run("kill", "-KILL", bound.shows("MainPID"))
+        bound.wait_restarted(restarts + turn)
+        assert poll_until(lambda: is_bound(bound) and bound.digest(BASE) == DIGEST, 30), (
+            systemd.run("systemctl", "status", MOUNT_UNIT.name).stdout + systemd.log
+        )
+        assert binds(bound) == 1
+        assert bound.mounts == 1
+    systemd.systemctl("stop", "guest.service")
+
+
+@needs_systemd
+def test_the_bind_goes_before_the_daemon_and_comes_back_with_it(bound: Host) -> None:
+    systemd = bound.systemd
+    for name in ("libvirtd", "nova-compute"):
+        reads = f"/bin/sh -c 'sha256sum {BASE} > {systemd.folder}/{name}.base.%s'"
+        service = f"Type=oneshot\nRemainAfterExit=yes\nExecStart={reads % 'start'}\nExecStop={reads % 'stop'}"
+        systemd.write(f"/etc/systemd/system/{name}.service", f"[Service]\n{service}\n")
+    units = "libvirtd.service nova-compute.service cachefs.service"
+    systemd.write("/etc/systemd/system/boot.target", f"[Unit]\nDefaultDependencies=no\nWants={units}\n")
+    systemd.systemctl("stop", "cachefs")
+    assert (binds(bound), bound.mounts) == (0, 0)
+    assert systemd.run("ls", BASES).stdout == ""
+    assert systemd.run("stat", "-c", "%U %a", BASES).stdout == "root 755\n", "nobody else fills what is underneath"
+    # As a boot and a shutdown do it: all in one transaction.
+    systemd.systemctl("daemon-reload")
+    systemd.systemctl("start", "boot.target")
+    started = ("nova-compute.service", "libvirtd.service", MOUNT_UNIT.name)
+    assert poll_until(lambda: all(systemd.show(name, "ActiveState") == "active" for name in started), 60), (
+        systemd.log
+    )
+    systemd.write("/etc/systemd/system/end.target", f"[Unit]\nDefaultDependencies=no\nConflicts={units}\n")
+    systemd.systemctl("daemon-reload")
+    systemd.systemctl("start", "end.target")
+    assert poll_until(lambda: bound.shows("ActiveState") == "inactive", 60)
+    assert (binds(bound), bound.mounts) == (0, 0)
+    for name in ("libvirtd", "nova-compute"):
+        for when in ("start", "stop"):
+            assert (systemd.folder / f"{name}.base.{when}").read_text().split() == [DIGEST, BASE], name
+
+
 @needs_systemd
 def test_an_unmount_by_hand_is_an_order_to_end(host: Host) -> None:
     host.systemd.run("umount", "/mnt/cachefs")
@@ -363,6 +470,22 @@ def test_systemd_finds_nothing_wrong_and_the_score_is_the_documented_one(
     assert len(documented) == 2
     # Versions of systemd weigh a little differently.
     assert exposure <= float(documented[len(drop_ins)]) + 0.2
+
+
+@needs_analyze
+def test_systemd_finds_nothing_wrong_with_the_bind(tmp_path: Path) -> None:
+    analyzed(tmp_path)  # Puts the service beside it.
+    unit = tmp_path / MOUNT_UNIT.name
+    shutil.copy(MOUNT_UNIT, unit)
+    verify = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert (verify.returncode, verify.stdout + verify.stderr) == (0, "")
+    where = re.search(r"^Where=(.*)$", MOUNT_UNIT.read_text(), re.MULTILINE)
+    escape = ["systemd-escape", "--path", "--suffix=mount", where[1] if where else ""]
+    assert subprocess.run(escape, capture_output=True, text=True, check=True).stdout.strip() == MOUNT_UNIT.name
+    lines = MOUNT_UNIT.read_text().splitlines()
+    for before, line in itertools.pairwise(lines):
+        if re.match(r"(BindsTo|PartOf|Before|DefaultDependencies|DirectoryMode|LazyUnmount|WantedBy)=", line):
+            assert before.startswith(("#", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")), f"{line} has no reason"
 
 
 def test_every_line_of_the_sandbox_has_its_reason() -> None:
