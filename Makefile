@@ -61,5 +61,5 @@ deb:
 	@setup/package
 
 clean:
-	rm -rf .venv .guest .tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .guest .tools .nova build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
