@@ -15,7 +15,7 @@ from cachefs.asking import DEFAULT_FILE
 
 # What one needs most comes first; oslo.log's many options last.
 _ORDER: Final = (
-    "glance", "store", "mount", "hydration", "leases", "precache", "priorities", "trace", "scrub", "metrics",
+    "glance", "store", "mount", "nova", "hydration", "leases", "precache", "priorities", "trace", "scrub", "metrics",
     "control", "convert", "DEFAULT",
 )  # fmt: skip
 

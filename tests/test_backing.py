@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from cachefs.errors import FormatError
 from cachefs.formats.qcow2_backing import HEAD_BYTES, NAME_BYTES_MAX, backing_extent
+from cachefs.namespace import base_name
 from cachefs.plan.extents import Extent
-from cachefs.plan.instances import Base, Walk, base_of, is_gone, standing
+from cachefs.plan.instances import Base, BaseNames, Walk, base_of, is_gone, standing
 from cachefs.store.format import DiskEntry, ViewKind
 from tests.instance_disks import NAME_AT, head
 from tests.stores import examples, image_id
@@ -156,6 +157,43 @@ def test_what_a_name_means(name: str, base: Base | None) -> None:
 def test_no_name_is_too_odd(name: bytes) -> None:
     assert base_of(name, b"/instances/i", (MOUNT,)) is None
     assert base_of(b"/mnt/cachefs/images/" + name, b"/instances/i", (MOUNT,)) is None
+
+
+SHA1 = base_name(A).decode()
+SCRATCH = base_name(B)
+IN_NOVA: Final = [
+    (f"/mnt/cachefs/nova/{SHA1}", RAW),
+    (f"/var/lib/nova/instances/_base/{SHA1}", RAW),
+    (f"../_base/{SHA1}", RAW),
+    (f"file:/var/lib/nova/instances/_base/../_base//{SHA1}", RAW),
+    (f"/mnt/cachefs/raw/{A}", RAW),
+    (f"/var/lib/nova/instances/_base/{SCRATCH.decode()}", None),
+    (f"/mnt/cachefs/nova/{base_name('nobody').decode()}", None),
+    (f"/mnt/cachefs/nova/{SHA1.upper()}", None),
+    (f"/mnt/cachefs/nova/{SHA1}_20", None),
+    (f"/mnt/cachefs/nova/{SHA1}/x", None),
+    (f"/mnt/cachefs/nova/{A}", None),
+    (f"/var/lib/nova/instances/_base/x/{SHA1}", None),
+    (f"/var/lib/nova/instances/_base2/{SHA1}", None),
+    (f"/var/lib/nova/instances/_base/raw/{A}", None),
+    (f"json:/var/lib/nova/instances/_base/{SHA1}", None),
+    ("/var/lib/nova/instances/_base", None),
+]
+
+
+@pytest.mark.parametrize(("name", "base"), IN_NOVA)
+def test_what_a_name_in_novas_folder_means(name: str, base: Base | None) -> None:
+    names = BaseNames({base_name(A): A}.get, ViewKind.RAW, (b"/var/lib/nova/instances/_base",))
+    assert base_of(name.encode(), b"/var/lib/nova/instances/i", (MOUNT,), names) == base
+
+
+def test_without_that_folder_its_names_mean_nothing() -> None:
+    for name, base in IN_NOVA:
+        found = base_of(name.encode(), b"/var/lib/nova/instances/i", (MOUNT,))
+        assert found == (base if "/raw/" in name and "_base" not in name else None)
+    names = BaseNames({base_name(A): A}.get, ViewKind.ORIGINAL)
+    assert base_of(f"/mnt/cachefs/nova/{SHA1}".encode(), b"/i", (MOUNT,), names) == ORIGINAL
+    assert base_of(f"/var/lib/nova/instances/_base/{SHA1}".encode(), b"/i", (MOUNT,), names) is None
 
 
 # ── Gone or not ───────────────────────────────────────────────────────────────────────────────────────

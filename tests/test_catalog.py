@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from cachefs.catalog import (
+    BASES_EVERY_S,
     CONFIRM_EVERY_S,
     CONFIRMED_MAX,
     GONE,
@@ -36,6 +37,7 @@ from cachefs.errors import (
     OriginUnauthorized,
     OriginUnavailable,
 )
+from cachefs.namespace import NO_BASE, base_name
 from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
 from tests.flow import quiet, virtual_time
@@ -249,6 +251,81 @@ async def test_what_is_remembered_as_unknown_is_bounded(tmp_path: Path) -> None:
         with pytest.raises(NoEntry):
             await w.catalog.lookup(image_id(10))
         assert w.registry.count(image_id(10)) == 2  # It was let go for others.
+
+
+@virtual_time
+async def test_a_name_of_novas_is_found_by_a_listing_and_then_without_one(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A)) as it:
+        assert (await it.catalog.lookup_base(base_name(A))).id == A
+        assert it.registry.asked == [("", 0.0)]
+        it.registry.fails = OriginUnavailable
+        await trio.sleep(1000)
+        assert (await it.catalog.lookup_base(base_name(A))).id == A
+        assert it.catalog.id_of_base(base_name(A)) == A
+        assert len(it.registry.asked) == 1
+
+
+@virtual_time
+async def test_unknown_names_of_novas_cost_a_listing_now_and_then_however_many_they_are(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A)) as it:
+        await it.catalog.listing()
+        it.registry.cost_s = 0.0
+        for _ in range(1000):
+            for number in range(20):
+                with pytest.raises(NoEntry):
+                    await it.catalog.lookup_base(base_name(f"nobody's {number}"))
+            for odd in (NO_BASE, b"", b"swap_1", base_name(A).upper(), base_name(A) + b"_sm"):
+                with pytest.raises(NoEntry):
+                    await it.catalog.lookup_base(odd)
+            await trio.sleep(0.01)
+        # Ten seconds. Each name may have one, and they have it together.
+        assert it.registry.count("") == len(it.registry.asked) <= 1 + 10 / BASES_EVERY_S
+        # Where a listing is dear there are fewer.
+        it.registry.cost_s = 10.0
+        before = it.registry.count("")
+        for number in range(1000):
+            with pytest.raises(NoEntry):
+                await it.catalog.lookup_base(base_name(f"another {number}"))
+            await trio.sleep(1)
+        assert it.registry.count("") - before <= 1000 / 30
+
+
+@virtual_time
+async def test_an_image_that_was_just_made_is_found_by_novas_name(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A)) as it:
+        with pytest.raises(NoEntry):
+            await it.catalog.lookup_base(base_name(B))
+        it.registry.has[B] = answer(B)
+        await trio.sleep(NEGATIVE_S)
+        assert (await it.catalog.lookup_base(base_name(B))).id == B
+
+
+@virtual_time
+async def test_novas_names_while_glance_does_not_answer(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A)) as it:
+        await it.catalog.listing()
+        it.registry.holds = trio.Event()
+        await trio.sleep(5)
+        began_s = trio.current_time()
+        for number in range(10):
+            with pytest.raises(NoEntry):
+                await it.catalog.lookup_base(base_name(f"nobody's {number}"))
+        assert trio.current_time() - began_s < LISTING_WAIT_S + 1, "the first waits, and that not for long"
+        assert (await it.catalog.lookup_base(base_name(A))).id == A
+
+
+@virtual_time
+async def test_the_name_of_an_image_that_ended_is_of_nobody(tmp_path: Path) -> None:
+    async with world(tmp_path, answer(A)) as it:
+        await it.catalog.lookup_base(base_name(A))
+        del it.registry.has[A]
+        it.claims.firm.add(A)
+        it.catalog.ended(A)
+        assert (await it.catalog.lookup_base(base_name(A))).status == GONE, "what an instance stands on"
+        it.claims.firm.clear()
+        with pytest.raises(NoEntry):
+            await it.catalog.lookup_base(base_name(A))
+        assert it.catalog.id_of_base(base_name(A)) is None
 
 
 @virtual_time

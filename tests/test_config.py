@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import socket
 from collections.abc import Iterator, Mapping
@@ -195,6 +196,21 @@ def test_sizes(file: Path, text: str, of_a_terabyte: int) -> None:
     assert load(file, f"{NONE}[store]\nmax_size = {text}\n").store.max_size.of(10**12) == of_a_terabyte
 
 
+def test_novas_folder_belongs_to_nova_where_there_is_such_an_account(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accounts = {"nobody": pwd.getpwnam("nobody")}
+
+    def getpwnam(name: str) -> pwd.struct_passwd:
+        return accounts[name]
+
+    monkeypatch.setattr(pwd, "getpwnam", getpwnam)
+    assert load(file, f"{NONE}[mount]\nuid = 7\ngid = 8\n").nova == config.NovaConfig(True, 7, 8, "raw")
+    accounts["nova"] = pwd.struct_passwd(("nova", "x", 64060, 64061, "", "/var/lib/nova", "/bin/false"))
+    assert load(file, f"{NONE}[mount]\nuid = 7\ngid = 8\n").nova == config.NovaConfig(True, 64060, 64061, "raw")
+    assert load(file, f"{NONE}[nova]\nuid = 9\n").nova == config.NovaConfig(True, 9, 64061, "raw")
+
+
 @pytest.mark.parametrize(
     ("section", "line", "field", "value"),
     [
@@ -205,6 +221,10 @@ def test_sizes(file: Path, text: str, of_a_terabyte: int) -> None:
         ("mount", "file_mode = 0440", "file_mode", 0o440),
         ("mount", "file_mode = 400", "file_mode", 0o400),
         ("mount", "read_deadline = 2.5", "read_deadline", 2.5),
+        ("nova", "enabled = no", "enabled", False),
+        ("nova", "uid = 42436", "uid", 42436),
+        ("nova", "gid = 42436", "gid", 42436),
+        ("nova", "view = images", "view", "images"),
         ("store", "span_size = 4M", "span_size", 4 << 20),
         ("store", "span_size = 1048576", "span_size", 1 << 20),
         ("store", "span_size = 64 MiB", "span_size", 64 << 20),
@@ -227,6 +247,8 @@ def test_values(file: Path, section: str, line: str, field: str, value: object) 
         ("mount", "allow_other = perhaps", "Unexpected boolean value 'perhaps'"),
         ("mount", "uid = root", "invalid literal"),
         ("mount", "uid = -1", "greater than or equal to 0"),
+        ("nova", "uid = nova", "invalid literal"),
+        ("nova", "view = qcow2", "'qcow2'"),
         ("mount", "file_mode = 0644", "'0644' has write bits: images are read-only"),
         ("mount", "file_mode = 0222", "has write bits"),
         ("mount", "file_mode = 4755", "is no octal mode"),

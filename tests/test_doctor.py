@@ -129,6 +129,8 @@ def test_config_check_warns_of_what_is_hardly_meant(tmp_path: Path) -> None:
     os.chmod(node.config_file, 0o640)
     node.configure(store={"max_size": "200G"})
     assert node.cli("config", "check").stderr == ""
+    node.configure(mount={"allow_other": "false"}, nova={"uid": 4242})
+    assert "Nova (user 4242) cannot look into nova/" in node.cli("config", "check").stderr
     node.configure(precache={"policies": "newest,nosuch"})
     assert "policies: nosuch is not installed (there are" in node.cli("config", "check").stderr
 
@@ -198,12 +200,21 @@ def test_doctor_of_a_node_that_is_well_and_of_one_that_died(origin: ScriptedOrig
         assert "the daemon did not answer" in report or "no answer within" in report
         assert f"# /proc/{node.pid}/status" in report
         os.kill(node.pid, signal.SIGCONT)
+        bound = tmp_path / "bound"
+        bound.mkdir()
+        subprocess.run(["mount", "--bind", node.mountpoint / "nova", bound], check=True)
+        assert f"bound to {bound}" in examined(node, status=0)["nova/"][0]["found"]
         node.kill(leave_mount=True)
         dead = examined(node, status=1)
         assert "a dead mount" in dead["mountpoint"][0]["found"]
         assert state(dead, "store") == "ok"
+        node.start()  # Which takes its own dead mount away, and no other.
+        stale = examined(node, status=1)
+        assert state(stale, "mountpoint") == "ok"
+        assert (state(stale, "nova/"), f"umount -l {bound}" in stale["nova/"][0]["mend"]) == ("problem", True)
     finally:
         node.kill()
+        subprocess.run(["umount", "-l", tmp_path / "bound"], check=False)
 
 
 def _no_mountpoint(node: Node, origin: ScriptedOrigin) -> None:

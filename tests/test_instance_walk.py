@@ -18,7 +18,8 @@ import pytest
 from cachefs import instance_walk
 from cachefs.formats.qcow2_backing import HEAD_BYTES
 from cachefs.instance_walk import Walker
-from cachefs.plan.instances import Base
+from cachefs.namespace import base_name
+from cachefs.plan.instances import Base, BaseNames
 from cachefs.store.format import ViewKind
 from tests.instance_disks import head, make_disk
 from tests.stores import image_id
@@ -216,6 +217,21 @@ def test_its_own_mount_is_not_walked_into(folder: Path) -> None:
     assert set(names(walked(folder, folder / "_base", MOUNT), folder)) == {"one/disk"}
     walker = walked(folder, device=folder.stat().st_dev)
     assert (walker.walk.found, walker.walk.whole) == ({}, False)
+
+
+def test_a_folder_that_is_bound_is_not_walked_into_and_its_names_mean_images(folder: Path) -> None:
+    bound = folder / "_base"
+    make_disk(bound / "disk", image(B))
+    make_disk(folder / "two" / "disk", bound / base_name(A).decode())
+    spelt = BaseNames({base_name(A): A}.get, ViewKind.RAW, (os.fsencode(bound),))
+    found: list[BaseNames | None] = [spelt, None]
+    for names_now in found:
+        walker = Walker(os.fsencode(folder), [os.fsencode(MOUNT)], names=lambda now=names_now: now)  # type: ignore[misc]
+        while not walker.done:
+            walker.step()
+        expected = {"one/disk": Base(A, ViewKind.RAW)}
+        expected |= {"two/disk": Base(A, ViewKind.RAW)} if names_now else {"_base/disk": Base(B, ViewKind.RAW)}
+        assert names(walker, folder) == expected
 
 
 def test_names_of_any_bytes(folder: Path) -> None:
