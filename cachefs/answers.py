@@ -50,6 +50,7 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
         ),
         ("pinned", f"{counted(evictor['pinned_images'], 'image')}, {size(evictor['pinned_bytes'])}"),
         ("instances", _instances_words(found["instances"])),
+        *_nova_rows(found["nova"]),
         ("scrub", _scrub_words(found["scrub"])),
         *_precache_rows(found["precache"]),
     ]
@@ -123,6 +124,14 @@ def _instances_words(instances: Mapping[str, Any]) -> str:
         elif folder["unread"]:
             words += f"; {folder['path']}: {folder['unread']} files or folders cannot be read"
     return words
+
+
+def _nova_rows(nova: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if nova is not None and (nova["files"] or nova["strangers"]):
+        words = f"{counted(nova['files'], 'scratch file')}, {size(nova['bytes'])}"
+        if nova["strangers"]:
+            words += f"; {nova['strangers']} things lie among them that are no plain files"
+        yield "nova/", words
 
 
 def _precache_rows(precache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,8 +15,8 @@ from cachefs.asking import DEFAULT_FILE
 
 # What one needs most comes first; oslo.log's many options last.
 _ORDER: Final = (
-    "glance", "store", "mount", "nova", "hydration", "leases", "precache", "priorities", "trace", "scrub", "metrics",
-    "control", "convert", "DEFAULT",
+    "glance", "store", "mount", "nova", "hydration", "leases", "precache", "priorities", "trace", "scrub",
+    "metrics", "control", "convert", "DEFAULT",
 )  # fmt: skip
 
 

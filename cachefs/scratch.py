@@ -38,6 +38,7 @@ Args = TypeVarTuple("Args")
 
 THREADS = 8
 FILES_MAX = 100_000
+TOTALS_WAIT_S = 2.0
 OWNER = "user.cachefs.owner"
 MODE = 0o644
 
@@ -131,6 +132,7 @@ class Scratch:
     def __init__(self, store: Path, owner: Owner) -> None:
         self._owner = owner
         self._threads = trio.CapacityLimiter(THREADS)
+        self._counting, self._known = trio.CapacityLimiter(1), Totals(0, 0, 0)
         self._changing = trio.Lock()  # Who changes names waits for the disk in between.
         self._names: dict[bytes, int] = {}
         self._by_number: dict[int, bytes] = {}
@@ -257,8 +259,15 @@ class Scratch:
             return await self.work(work, *args)
 
     async def totals(self) -> Totals:
-        """Raises ScratchFailed."""
-        return await self.work(self._totals)
+        """As they were last known where the disk does not say soon."""
+        with trio.move_on_after(TOTALS_WAIT_S):
+            try:
+                self._known = await trio.to_thread.run_sync(
+                    self._totals, limiter=self._counting, abandon_on_cancel=True
+                )
+            except OSError as error:
+                log.debug("scratch files cannot be counted: %s", error)
+        return self._known
 
     async def work(self, work: Callable[[*Args], Answer], *args: *Args) -> Answer:
         """Does it in a thread. Raises ScratchFailed."""
