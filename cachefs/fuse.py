@@ -63,6 +63,7 @@ from cachefs.namespace import (
 from cachefs.notices import Notices
 from cachefs.nova_folder import NEGATIVE_TTL_S, NovaFolder
 from cachefs.scratch import Attributes, Changes, Owner, ScratchFile
+from cachefs.sizes import Sizes
 from cachefs.store.content import Store
 from cachefs.store.format import ViewKind, ViewNo
 from cachefs.store.view import StoredView
@@ -78,7 +79,6 @@ Answer = TypeVar("Answer")
 Args = TypeVarTuple("Args")
 
 TASKS_MAX = 16384
-SIZES_MAX = 10_000
 
 # Bytes never change, sizes neither; how much is cached does, until all of it is. In seconds.
 ATTR_TIMEOUT_S, ATTR_TIMEOUT_FILE_S, ATTR_TIMEOUT_PARTIAL_S = 3600.0, 60.0, 1.0
@@ -108,9 +108,7 @@ class Filesystem(pyfuse3.Operations):
         self._tops = {n: folder for n, folder in FOLDERS.items() if nova is not None or folder is not Folder.NOVA}
         self._open: dict[int, _Opened | _OpenedScratch] = {}
         self._by_inode: dict[int, list[_Opened]] = {}
-        # Sizes that were looked up and not opened: what their inodes stand for.
-        self._sizes: dict[tuple[str, int], ViewNo] = {}
-        self._overlays: dict[ViewNo, tuple[str, int]] = {}
+        self.sizes = Sizes(store)
         self._folders: dict[int, list[_Entry]] = {}
         self._handles = itertools.count(1)
         self.open_count: Counter[str] = Counter()
@@ -184,7 +182,7 @@ class Filesystem(pyfuse3.Operations):
             return self._open_scratch(await self._in_nova(Folder.NOVA).scratch.open(node.number, flags))
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise FUSEError(errno.EROFS)
-        image_id, size = self._overlay(node) if isinstance(node, Overlay) else (self._image(inode).id, 0)
+        image_id, size = self.sizes.meant(node.view) if isinstance(node, Overlay) else (self._image(inode).id, 0)
         image = await self._catalog.openable(image_id)
         if image.condemned is not None:
             raise ImageCondemned(image.id, image.condemned)
@@ -237,11 +235,6 @@ class Filesystem(pyfuse3.Operations):
         if not self.open_count[opened.image.id]:
             del self.open_count[opened.image.id]
 
-    def end_sizes(self, image: str) -> None:
-        """The image is gone: sizes that were looked up are none of another image's that gets its id."""
-        for key in [key for key in self._sizes if key[0] == image]:
-            self._overlays.pop(self._sizes.pop(key), None)
-
     # ── names and attributes ──
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -282,30 +275,7 @@ class Filesystem(pyfuse3.Operations):
             raise ImageRefused(image.id, disk.refused or "")
         if not disk.size <= size <= SIZE_MAX:
             raise FUSEError(errno.EINVAL)
-        return self._attributes(Overlay(self._overlay_number(image.id, size)))
-
-    def _overlay_number(self, image: str, size: int) -> ViewNo:
-        known = self._store.known_view(image, ViewKind.RESIZED, size)
-        if known is not None:
-            return known.number
-        number = self._sizes.get((image, size))
-        if number is None:
-            if len(self._sizes) >= SIZES_MAX:
-                oldest = next(iter(self._sizes))
-                self._overlays.pop(self._sizes.pop(oldest), None)
-            number = self._sizes[image, size] = self._store.new_view_number()
-            self._overlays[number] = (image, size)
-        return number
-
-    def _overlay(self, node: Overlay) -> tuple[str, int]:
-        """Image and size of a resized view."""
-        view = self._store.view_by_number(ViewNo(node.view))
-        if view is not None and view.record.kind is ViewKind.RESIZED:
-            return view.record.image, view.size
-        found = self._overlays.get(ViewNo(node.view))
-        if found is None:
-            raise NoEntry(node.view)
-        return found
+        return self._attributes(Overlay(self.sizes.number(image.id, size)))
 
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         return await _answer(self._getattr, inode)
@@ -343,7 +313,7 @@ class Filesystem(pyfuse3.Operations):
             entry.st_nlink = 2
             return entry
         if isinstance(node, Overlay):
-            id_, size = self._overlay(node)
+            id_, size = self.sizes.meant(node.view)
             image = self._known(id_)
             self._describe_file(entry, image, size, self._stored(image, Slot.RAW))
             self._date(entry, id_, File(ViewKind.RESIZED, size))
@@ -432,7 +402,7 @@ class Filesystem(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         image, slot = found
         if isinstance(node, Overlay):
-            file = File(ViewKind.RESIZED, self._overlay(node)[1])
+            file = File(ViewKind.RESIZED, self.sizes.meant(node.view)[1])
         else:
             file = File(ViewKind.RAW if slot is Slot.RAW else ViewKind.ORIGINAL)
         if atime_ns is not None or mtime_ns is not None:
@@ -605,7 +575,7 @@ class Filesystem(pyfuse3.Operations):
         """Whose file an inode is, and whether its own or that of its disk; None for what is no file."""
         node = node_of(inode)
         if isinstance(node, Overlay):
-            return self._known(self._overlay(node)[0]), Slot.RAW
+            return self._known(self.sizes.meant(node.view)[0]), Slot.RAW
         if isinstance(node, Node) and node.slot in (Slot.ORIGINAL, Slot.RAW):
             return self._image_by_number(node.image_number), node.slot
         return None
@@ -754,7 +724,7 @@ class Mount:
 
     def forget(self, image: Image) -> None:
         """What was looked up of the image is not to be found by its names any more."""
-        self._filesystem.end_sizes(image.id)
+        self._filesystem.sizes.end(image.id)
         self.withdraw(image)
 
     def withdraw(self, image: Image) -> None:
