@@ -70,6 +70,7 @@ class ScratchNode(NamedTuple):
 _OVERLAYS = 1 << 48
 # Above those of as many views, and below what somebody would take for a negative number.
 _SCRATCH, _END = 1 << 62, 1 << 63
+SCRATCH_MAX = _END - _SCRATCH - 1
 
 
 def overlay_inode(view: int) -> int:
@@ -77,9 +78,7 @@ def overlay_inode(view: int) -> int:
 
 
 def scratch_inode(number: int) -> int:
-    """Raises ValueError for a number that no filesystem has given yet."""
-    if not 0 < number < _END - _SCRATCH:
-        raise ValueError(number)
+    assert 0 < number <= SCRATCH_MAX, "what has another number is not shown"
     return _SCRATCH + number
 
 

@@ -27,7 +27,7 @@ import trio
 
 from cachefs import logs
 from cachefs.errors import ScratchFailed
-from cachefs.namespace import NAME_BYTES_MAX, scratch_inode
+from cachefs.namespace import NAME_BYTES_MAX, SCRATCH_MAX
 from cachefs.store.folder import make_scratch
 
 log = logs.get(__name__)
@@ -207,7 +207,6 @@ class Scratch:
         await self.work(os.fsync, self._folder)
 
     def _know(self, name: bytes, number: int) -> None:
-        scratch_inode(number)  # Or it could not be shown.
         self._names[name] = number
         self._by_number[number] = name
 
@@ -283,9 +282,12 @@ class Scratch:
     def _make(self, name: bytes, owner: Owner, flags: int) -> tuple[ScratchFile, Attributes]:
         kept = os.O_RDWR | os.O_CREAT | os.O_EXCL | (flags & _SYNC)
         fd = os.open(_checked(name), kept | _OPEN, 0o600, dir_fd=self._folder)
-        self._created += 1
-        self._generations[os.fstat(fd).st_ino] = self._created
         try:
+            info = os.fstat(fd)
+            if not _is_plain(info):  # It was made a moment ago: what it lacks is a number that can be shown.
+                raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
+            self._created += 1
+            self._generations[info.st_ino] = self._created
             self._give(fd, owner._replace(mode=owner.mode & 0o777))
             attributes = self._attributes(fd)
         except BaseException:
@@ -397,7 +399,7 @@ class Scratch:
 
 
 def _is_plain(info: os.stat_result) -> bool:
-    return stat.S_ISREG(info.st_mode) and info.st_nlink <= 1
+    return stat.S_ISREG(info.st_mode) and info.st_nlink <= 1 and info.st_ino <= SCRATCH_MAX
 
 
 def _checked(name: bytes) -> bytes:
