@@ -21,7 +21,7 @@ from cachefs.config import Config
 from cachefs.contact import Contact
 from cachefs.control import ControlServer
 from cachefs.derivation import Derivation
-from cachefs.errors import CachefsError, ImageCondemned, NoEntry, PrefetchEnded
+from cachefs.errors import CachefsError, ImageCondemned, Leased, NoEntry, PrefetchEnded
 from cachefs.evictor import Evictor, Watermarks
 from cachefs.fetcher import Fetcher
 from cachefs.fuse import Filesystem, Mount
@@ -160,7 +160,8 @@ class Node:
         self.filesystem.on_touch = self._touched
         if self.nova is not None:
             self.nova.open_images = self.filesystem.open_count.keys
-            self.nova.evict = self.evictor.begin_evicting
+            self.nova.used_images = lambda: {*self.leases.touches.images(), *self.leases.named}
+            self.nova.evict = self._drop
 
     # ── what fetches before it is asked ──
 
@@ -272,6 +273,12 @@ class Node:
         self.instances.want(image, kind)
         if self.nova is not None:
             self.nova.used(image)
+
+    def _drop(self, image: str) -> None:
+        """Somebody needs the image no more. Raises Leased where others do."""
+        if (why := self.precache.why(image)) is not None:
+            raise Leased(image, (f"it is {why}",))
+        self.evictor.begin_evicting(image)
 
     def _lost(self, view: StoredView) -> None:
         if view.record.kind is ViewKind.ORIGINAL:

@@ -2,9 +2,10 @@
 scratch file stands before the image of its name, because Nova wrote its bytes and has looked at them; no byte of
 either is touched here.
 
-The file of an image is the one that `raw/` (or `images/`) has, under another name. It is listed when something of
-it is on this node: Nova looks at all that is listed, and removes what no instance uses. That is a hint here: what
-is not leased is dropped, and the name is not listed until the image is used again. It can always be looked up.
+The file of an image is the one that `raw/` (or `images/`) has, under another name, and can always be looked up. It
+is listed when it was used and something of it is here: open, touched, or named by an instance's disk. Nova looks
+at all that is listed, and removes what no instance uses; what was only fetched ahead is none of its business. That
+it removes an image is a hint: what nobody needs is dropped, and the name not listed until it is used again.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ NEGATIVE_TTL_S = 1.0
 
 
 class NovaFolder:
-    """`kind`: the folder whose file an image's name means, RAW or ORIGINAL; `open_images`: those that somebody has
-    open, by their ids. All on the loop."""
+    """`kind`: the folder whose file an image's name means, RAW or ORIGINAL. All on the loop."""
 
     def __init__(
         self,
@@ -44,11 +44,13 @@ class NovaFolder:
         disks: GuestDisks,
         store: Store,
         owner: Owner,
-        open_images: Callable[[], Collection[str]] = lambda: (),
     ) -> None:
         self.scratch, self.kind, self.owner = scratch, kind, owner
         self._catalog, self._disks, self._store = catalog, disks, store
-        self.open_images = open_images
+        self.open_images: Callable[[], Collection[str]] = lambda: ()
+        self.used_images: Callable[[], Collection[str]] = (
+            lambda: ()
+        )  # Those that were touched, and what disks name.
         self.evict: Callable[[str], object] = lambda image: None  # Raises Leased.
         self._removed: set[str] = set()
 
@@ -80,9 +82,8 @@ class NovaFolder:
         files: list[tuple[bytes, Node | ScratchNode]] = [
             (name, ScratchNode(number)) for name, number in self.scratch.names()
         ]
-        held = {view.record.image for view in self._store.views() if view.cached}
-        held |= set(self.open_images())
-        known = (self._catalog.known(image) for image in held - self._removed)
+        used = {view.record.image for view in self._store.views() if view.cached}.intersection(self.used_images())
+        known = (self._catalog.known(image) for image in used.union(self.open_images()) - self._removed)
         images = sorted((image for image in known if image is not None), key=lambda image: image.number)
         return files + [
             (base_name(image.id), Node(self._slot_of(image), image.number))

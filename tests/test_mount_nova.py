@@ -226,19 +226,22 @@ def cached(node: Node, image: str) -> int:
     return int(next(row["cached"] for row in node.ask("images") if row["id"] == image))
 
 
-def test_only_what_is_here_is_listed_and_what_nova_removes_is_dropped(origin: ScriptedOrigin) -> None:
-    with a_node(origin.url) as node:
+def test_only_what_was_used_and_is_here_is_listed_and_what_nova_removes_is_dropped(origin: ScriptedOrigin) -> None:
+    with a_node(origin.url, leases={"touch_grace": 0}) as node:
         assert listed(node) == set()
         assert base(node, A).read_bytes() == BYTES
+        assert listed(node) == set(), "somebody fetched it ahead, or had a look: no business of Nova's"
         asked = len(origin.of_kind(Kind.LIST))
+        os.utime(base(node, A))
+        os.utime(base(node, B))
         (node.mountpoint / "nova" / "swap_1").write_bytes(b"x")
-        assert listed(node) == {sha1(A), "swap_1"}
+        assert listed(node) == {sha1(A), sha1(B), "swap_1"}
+        for name in listed(node):  # As the periodic pass looks at each.
+            assert os.path.isfile(node.mountpoint / "nova" / name)
+            assert os.path.getmtime(node.mountpoint / "nova" / name) > 0
         with base(node, B).open("rb"):
-            assert listed(node) == {sha1(A), sha1(B), "swap_1"}
-            for name in listed(node):  # As the periodic pass looks at each.
-                assert os.path.isfile(node.mountpoint / "nova" / name)
-                assert os.path.getmtime(node.mountpoint / "nova" / name) > 0
-            node.wait_for_status(lambda now: now["instances"]["looks"] > 1)
+            looks = node.status()["instances"]["looks"]
+            node.wait_for_status(lambda now: now["instances"]["looks"] > looks)
             os.remove(base(node, A))
             assert poll_until(lambda: cached(node, A) == 0, 20)
             os.remove(base(node, B))
@@ -251,6 +254,21 @@ def test_only_what_is_here_is_listed_and_what_nova_removes_is_dropped(origin: Sc
         assert base(node, A).read_bytes() == BYTES
         assert listed(node) == {sha1(A), sha1(B), "swap_1"}
         assert len(origin.of_kind(Kind.LIST)) == asked, "Glance was asked for none of this"
+
+
+def test_what_a_policy_holds_stays_though_nova_removes_it(origin: ScriptedOrigin) -> None:
+    held = {"policies": "static", "static_images": A}
+    with a_node(origin.url, leases={"touch_grace": 0, "interval": 1}, precache=held) as node:
+        assert node.cli("precache").returncode == 0
+        assert poll_until(lambda: cached(node, A) == SIZE, 30), node.log
+        assert listed(node) == set()
+        os.utime(base(node, A))
+        assert listed(node) == {sha1(A)}
+        os.remove(base(node, A))
+        node.wait_for_log("removed from nova/, and kept")
+        assert "held by static" in node.log
+        assert listed(node) == set()
+        assert cached(node, A) == SIZE
 
 
 def test_many_unknown_names_cost_one_listing(origin: ScriptedOrigin) -> None:
@@ -348,6 +366,7 @@ def test_renamed_over_an_image_it_stands_before_it(origin: ScriptedOrigin) -> No
     """rsync from another host."""
     with a_node(origin.url) as node:
         path = base(node, A)
+        os.utime(path)
         with path.open("rb") as guest:
             assert guest.read(4096) == BYTES[:4096]
             part = path.with_name(f".{path.name}.a1b2c3")
