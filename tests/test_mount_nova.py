@@ -3,6 +3,7 @@ needs Glance to be well has a real one; what needs it to be odd a scripted one."
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -40,6 +41,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("qemu-img") is None, reason="there is no qemu-img (qemu-utils)"),
 ]
 
+LIBC: Final = ctypes.CDLL(None, use_errno=True)
 NOVA: Final = 4242  # An account that no machine has.
 AS_NOVA: Final = ("setpriv", "--reuid", str(NOVA), "--regid", str(NOVA), "--clear-groups")
 AS_QEMU: Final = ("setpriv", "--reuid", "4243", "--regid", "4243", "--clear-groups")
@@ -63,6 +65,15 @@ def run(*command: str | Path, as_: tuple[str, ...] = ()) -> str:
     )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
+
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+
+
+def renamed(old: Path, new: Path, flags: int) -> int | None:
+    """By the call that has flags. The errno, or None."""
+    done = LIBC.renameat2(-100, os.fsencode(old), -100, os.fsencode(new), flags)
+    return ctypes.get_errno() if done else None
 
 
 def sha1(image: str) -> str:
@@ -383,6 +394,14 @@ def test_renamed_over_an_image_it_stands_before_it(origin: ScriptedOrigin) -> No
         assert errno_of(lambda: os.rename(path.parent / "x", node.mountpoint / "x")) == errno.EROFS
         assert errno_of(lambda: os.rename(path.parent / "x", node.folder / "x")) == errno.EXDEV
         assert (path.parent / "x").read_bytes() == b"x"
+        # By renameat2: not over anything, an image's name included; and no exchange.
+        (path.parent / "y").write_bytes(b"y")
+        for name in ("y", path.name):
+            assert renamed(path.parent / "x", path.parent / name, RENAME_NOREPLACE) == errno.EEXIST
+        assert renamed(path.parent / "x", path.parent / "y", RENAME_EXCHANGE) == errno.EINVAL
+        assert renamed(path.parent / "x", path.parent / "z", RENAME_NOREPLACE) is None
+        assert [(path.parent / name).read_bytes() for name in ("y", "z")] == [b"y", b"x"]
+        assert path.read_bytes() == BYTES
 
 
 def test_copied_from_another_host_in_place(origin: ScriptedOrigin, disk: Path) -> None:
