@@ -462,21 +462,23 @@ class Filesystem(pyfuse3.Operations):
         await nova.rename(old, new, may_replace=not flags)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await _answer(self._scratch_of(fh).write, off, buf)
+        return await _answer(self._write, fh, off, buf)
 
-    async def fsync(self, fh: int, datasync: bool) -> None:  # As pyfuse3 calls it.
+    async def _write(self, fh: int, off: int, buf: bytes) -> int:
+        opened = self._open[fh]
+        if not isinstance(opened, _OpenedScratch):
+            raise ReadOnly("an image")
+        return await opened.view.write(off, buf)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
         """Of an image nothing was written."""
-        if isinstance(self._open[fh], _OpenedScratch):
-            await _answer(partial(self._scratch_of(fh).sync, only_data=bool(datasync)))
+        opened = self._open[fh]
+        if isinstance(opened, _OpenedScratch):
+            await _answer(partial(opened.view.sync, only_data=bool(datasync)))
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         if self._nova is not None:
             await _answer(self._nova.scratch.sync)
-
-    def _scratch_of(self, fh: int) -> ScratchFile:
-        opened = self._open[fh]
-        assert isinstance(opened, _OpenedScratch), "the kernel opened an image for reading"
-        return opened.view
 
     def _open_scratch(self, file: ScratchFile) -> FileInfo:
         handle = next(self._handles)
@@ -670,7 +672,7 @@ async def _answer(work: Callable[[*Args], Awaitable[Answer]], *args: *Args) -> A
     except CachefsError as error:
         # They come as often as somebody tries. What an image is refused for was said when that was found.
         level = logging.INFO if isinstance(error, NotPermitted) else logging.WARNING
-        level = logging.DEBUG if isinstance(error, ImageRefused) else level
+        level = logging.DEBUG if isinstance(error, ImageRefused | ReadOnly) else level
         repeats.log(level, type(error), "%s", error, image=error.image)
         raise FUSEError(error.errno) from None
     except Exception:  # One net, and only here: a bug must not take the mount down with it.

@@ -1,5 +1,5 @@
-"""Which number a resized view has: that of the store where it was opened once, else one of its own for now. Rule:
-a number means one image and one size as long as the daemon runs, unless that image is gone.
+"""Which number a resized view has: that of the store where it was opened once, else one of its own for now.
+Rule: a number means one image and one size as long as the daemon runs, unless that image is gone.
 """
 
 from __future__ import annotations
