@@ -33,6 +33,7 @@ log = logs.get(__name__)
 
 ROUND_S = 5.0
 PAUSE_S = 5.0  # After a failure of the store.
+ROOM_MAX_S = 10.0  # Whoever writes a scratch file waits for room no longer than this.
 # One slice is one commit: long enough to be worth its syncs, short enough that leases are looked at often, and
 # that who waits for room gets some soon.
 SLICE_SPANS = 64
@@ -124,7 +125,8 @@ class Evictor:
         self._store, self._uses, self._leases, self._watermarks = store, uses, leases, watermarks
         self._origin_is_well, self._priority_of, self._is_held = origin_is_well, priority_of, is_held
         self._wake = trio.Event()
-        self._wanted = 0
+        self._wanted = self._freed = 0
+        self._tried = trio.Event()
         self._asked: dict[str, Asked] = {}
         self._nursery: trio.Nursery | None = None
         self.before_asked: Callable[[str], Awaitable[None]] = _nothing  # Whoever fetches an image lets go of it.
@@ -141,6 +143,15 @@ class Evictor:
         """A landing met the limit, wants `wanted` bytes and waits: for space to come back, or for `no_room`."""
         self._wanted = max(self._wanted, wanted, 1)
         self._wake.set()
+
+    async def make_room(self, wanted: int) -> bool:
+        """For others than the store, who met the end of its filesystem and want `wanted` bytes. Returns when it
+        was tried: whether anything came back."""
+        self.on_full(wanted)
+        with trio.move_on_after(ROOM_MAX_S):
+            await self._tried.wait()
+            return self._freed > 0
+        return False
 
     async def evict_image(self, image: str) -> Asked:
         """Drops all that is cached of `image`. The work is not the caller's: it goes on when the caller is
@@ -208,6 +219,7 @@ class Evictor:
         self._plan.clear()
         self._wanted = 0
         self._refuse_waiting()
+        self._note_tried(0)
         await trio.sleep(PAUSE_S)
 
     def _refuse_waiting(self) -> None:
@@ -242,9 +254,16 @@ class Evictor:
 
     async def _make_room(self, wanted: int) -> None:
         usage = await trio.to_thread.run_sync(self._store.usage)
-        if await self._free(eviction.room(usage, wanted), Cause.FULL) == 0:
+        freed = await self._free(eviction.room(usage, wanted), Cause.FULL)
+        if freed == 0:
             self._note_stuck()
             self._store.no_room()
+        self._note_tried(freed)
+
+    def _note_tried(self, freed: int) -> None:
+        self._freed = freed
+        self._tried.set()
+        self._tried = trio.Event()
 
     async def _keep_below_watermark(self) -> None:
         while not self._wanted:

@@ -162,6 +162,7 @@ class Node:
             self.nova.open_images = self.filesystem.open_count.keys
             self.nova.used_images = lambda: {*self.leases.touches.images(), *self.leases.named}
             self.nova.evict = self._drop
+            self.nova.scratch.make_room = self.evictor.make_room
 
     # ── what fetches before it is asked ──
 

@@ -18,7 +18,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar, TypeVarTuple
@@ -38,6 +38,8 @@ Args = TypeVarTuple("Args")
 
 THREADS = 8
 FILES_MAX = 100_000
+# So often room is asked for, for one write: others may take what was made.
+ROOM_TRIES = 3
 TOTALS_WAIT_S = 2.0
 OWNER = "user.cachefs.owner"
 MODE = 0o644
@@ -117,7 +119,14 @@ class ScratchFile:
         return await self._scratch.work(_read, self.fd, length, offset)
 
     async def write(self, offset: int, data: bytes) -> int:
-        """How many bytes were written: fewer where the disk is full. Raises ScratchFailed where none were."""
+        """How many bytes were written: fewer where the disk is full. Raises ScratchFailed where none were, and
+        nobody could make room."""
+        for _ in range(ROOM_TRIES):
+            try:
+                return await self._scratch.work(_write, self.fd, data, offset)
+            except ScratchFailed as error:
+                if error.code != errno.ENOSPC or not await self._scratch.make_room(len(data)):
+                    raise
         return await self._scratch.work(_write, self.fd, data, offset)
 
     async def sync(self, *, only_data: bool) -> None:
@@ -132,6 +141,7 @@ class Scratch:
     def __init__(self, store: Path, owner: Owner) -> None:
         self._owner = owner
         self._threads = trio.CapacityLimiter(THREADS)
+        self.make_room: Callable[[int], Awaitable[bool]] = _no_room
         self._counting, self._known = trio.CapacityLimiter(1), Totals(0, 0, 0)
         self._changing = trio.Lock()  # Who changes names waits for the disk in between.
         self._names: dict[bytes, int] = {}
@@ -396,6 +406,11 @@ class Scratch:
                 else:
                     strangers += 1
         return Totals(files, taken, strangers)
+
+
+async def _no_room(wanted: int) -> bool:
+    """Nobody has any to give."""
+    return False
 
 
 def _is_plain(info: os.stat_result) -> bool:

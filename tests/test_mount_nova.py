@@ -619,27 +619,51 @@ def taken_by(file: FileIO, data: bytes) -> int:
         return 0
 
 
-@pytest.mark.loop
-def test_on_a_full_disk_the_writer_hears_of_it_and_nothing_is_lost(tmp_path: Path) -> None:
-    big = pattern(48 * MIB)
-    images = [OriginImage(A, "one", 48 * MIB, big), OriginImage.of(B, "two", BYTES)]
+BIG: Final = pattern(48 * MIB)
+
+
+@contextmanager
+def a_node_on_a_small_disk(folder: Path, **store: object) -> Iterator[Node]:
+    """An ext4 of DISK_SIZE bytes, of which A takes a quarter once it was read."""
+    images = [OriginImage(A, "one", 48 * MIB, BIG), OriginImage.of(B, "two", BYTES)]
     with ExitStack() as stack:
         memory = os.memfd_create("tests-nova-disk")
         stack.callback(os.close, memory)
         os.ftruncate(memory, DISK_SIZE)
         file = f"/proc/{os.getpid()}/fd/{memory}"
         disks.make_ext4(file)
-        mounted = tmp_path / "disk"
+        mounted = folder / "disk"
         mounted.mkdir()
         disks.mount(stack.enter_context(disks.loop_device(file)), mounted)
         stack.callback(disks.unmount_patiently, mounted)
         origin = stack.enter_context(ScriptedOrigin(images))
-        store = mounted / "store"
-        settings = {"path": store, "min_free": "48M", "max_size": "100%", "commit_interval": 0.1}
-        node = stack.enter_context(Node(tmp_path, origin.url, store=settings))
-        assert node.path(A).read_bytes() == big(0, 48 * MIB)
+        settings = {"path": mounted / "store", "max_size": "100%", "commit_interval": 0.1} | store
+        node = stack.enter_context(Node(folder, origin.url, store=settings))
+        assert node.path(A).read_bytes() == BIG(0, 48 * MIB)
         node.wait_for_status(lambda now: now["instances"]["looks"] > 1)
         assert cached(node, A) == 48 * MIB
+        yield node
+
+
+@pytest.mark.loop
+def test_who_writes_has_room_made(tmp_path: Path) -> None:
+    """Where the background sees no need for it: no room is to be kept."""
+    with a_node_on_a_small_disk(tmp_path, min_free=0, high_watermark="100%", low_watermark="99%") as node:
+        kept = random.Random(8).randbytes(MIB)
+        free = os.statvfs(node.mountpoint).f_bavail * os.statvfs(node.mountpoint).f_frsize // MIB
+        with (node.mountpoint / "nova" / "file").open("wb", buffering=0) as scratch:
+            for _ in range(free + 24):
+                assert scratch.write(kept) == MIB
+        assert cached(node, A) < 48 * MIB
+        assert node.status()["evictor"]["evicted"]["full"]["bytes"] >= 20 * MIB
+        assert (node.mountpoint / "nova" / "file").read_bytes() == kept * (free + 24)
+        assert node.path(A).read_bytes() == BIG(0, 48 * MIB)
+
+
+@pytest.mark.loop
+def test_on_a_full_disk_the_writer_hears_of_it_and_nothing_is_lost(tmp_path: Path) -> None:
+    with a_node_on_a_small_disk(tmp_path, min_free="48M") as node:
+        store = node.store
         # Scratch files take the room, and what is cached gives way.
         first = node.mountpoint / "nova" / "first"
         kept = random.Random(9).randbytes(MIB)
