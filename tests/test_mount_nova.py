@@ -123,15 +123,22 @@ def image(
 
 
 @pytest.fixture(scope="module")
-def node(glance: Glance) -> Iterator[Node]:
+def node() -> Iterator[Node]:
+    """For who needs nothing of Glance."""
+    with ScriptedOrigin([OriginImage.of(A, "one", BYTES)]) as origin, a_node(origin.url) as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
+def cloud_node(glance: Glance) -> Iterator[Node]:
     with a_node(glance.endpoint) as node:
         yield node
 
 
 @pytest.fixture
-def path(node: Node, image: str) -> Path:
+def path(cloud_node: Node, image: str) -> Path:
     """The base of the image, once it is found: all images are listed once a second at most."""
-    found = base(node, image)
+    found = base(cloud_node, image)
     assert poll_until(found.exists, 10)
     return found
 
@@ -145,7 +152,8 @@ def origin() -> Iterator[ScriptedOrigin]:
 # ── An image as a base: rows 2, 4 to 8, 10 to 12, 16 ──────────────────────────────────────────────────
 
 
-def test_a_base_is_there_before_anybody_fetched_it(node: Node, image: str, disk: Path, path: Path) -> None:
+def test_a_base_is_there_before_anybody_fetched_it(cloud_node: Node, image: str, disk: Path, path: Path) -> None:
+    node = cloud_node
     assert path.stat().st_size == disk.stat().st_size
     assert path.stat().st_ino == (node.mountpoint / "raw" / image).stat().st_ino, "pages are shared, and leases"
     for name in (
@@ -158,7 +166,7 @@ def test_a_base_is_there_before_anybody_fetched_it(node: Node, image: str, disk:
         assert not (node.mountpoint / "nova" / name).exists(), name
 
 
-def test_what_nova_asks_of_it_before_it_makes_a_disk(path: Path, disk: Path, tmp_path: Path) -> None:
+def test_a_base_is_all_that_nova_asks_of_it_before_it_makes_a_disk(path: Path, disk: Path, tmp_path: Path) -> None:
     with path.open("rb") as file:  # `get_image_format` reads no more.
         assert file.read(256 << 10) == disk.read_bytes()[: 256 << 10]
     os.utime(path)  # As privsep does it, which is root.
@@ -180,7 +188,7 @@ def test_what_nova_asks_of_it_before_it_makes_a_disk(path: Path, disk: Path, tmp
     assert copy.read_bytes()[: disk.stat().st_size] == disk.read_bytes()
 
 
-def test_what_qemu_does_with_it(path: Path, disk: Path) -> None:
+def test_a_base_is_read_as_qemu_does_it(path: Path, disk: Path) -> None:
     """Opened past the page cache, probed, locked, read."""
     assert read_direct(path, 0, 4096) == disk.read_bytes()[:4096]
     file = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
@@ -196,7 +204,7 @@ def test_what_qemu_does_with_it(path: Path, disk: Path) -> None:
         os.close(file)
 
 
-def test_what_libvirt_tries_fails_as_it_tolerates(path: Path) -> None:
+def test_a_base_refuses_what_libvirt_tries_as_that_tolerates(path: Path) -> None:
     assert errno_of(lambda: os.chown(path, 0, 0)) in (errno.EROFS, errno.EPERM)
     assert errno_of(lambda: os.chmod(path, 0o644)) in (errno.EROFS, errno.EPERM)
     assert errno_of(lambda: path.open("r+b")) == errno.EROFS
@@ -317,7 +325,7 @@ def test_what_is_refused_is_there_and_not_opened_so_that_nova_does_not_fetch_it(
         assert errno_of(lambda: base(node, B).open("rb")) == errno.EACCES
 
 
-def test_originals_for_who_does_not_want_raw_ones(glance: Glance, image: str) -> None:
+def test_a_base_is_the_original_for_who_does_not_want_raw_ones(glance: Glance, image: str) -> None:
     with a_node(glance.endpoint) as node:
         node.stop()
         node.configure(nova={"view": "images"})
@@ -488,8 +496,9 @@ def test_it_is_an_ordinary_file(node: Node) -> None:
     assert seen[0] == seen[1]
 
 
-def test_what_there_is_none_of(node: Node, path: Path) -> None:
-    folder = node.mountpoint / "nova"
+def test_what_there_is_none_of(node: Node) -> None:
+    folder, path = node.mountpoint / "nova", base(node, A)
+    assert path.exists()
     tries: list[Callable[[], object]] = [
         lambda: os.mkdir(folder / "x"),
         lambda: os.symlink("x", folder / "x"),
