@@ -75,6 +75,9 @@ class Durable:
         record = self.tables[Table.CHUNKS].get(key)
         return None if record is None else Chunk.decode(key, record)
 
+    def chunks(self, chunks: Sequence[ChunkId]) -> dict[ChunkId, Chunk]:
+        return {chunk_id: chunk for chunk_id in chunks if (chunk := self.chunk(chunk_id)) is not None}
+
     def known(self, digests: Sequence[bytes]) -> set[bytes]:
         return {digest for digest in digests if self.candidates(digest, 1)}
 

@@ -51,11 +51,19 @@ def aligned(extent: Extent, unit: int, size: int) -> Extent:
 def coalesce(extents: Iterable[Extent], gap: int = 0) -> list[Extent]:
     """Sorted, disjoint extents that hold all of `extents`; those at most `gap` bytes apart become one."""
     merged: list[Extent] = []
-    for extent in sorted(e for e in extents if e.length):
-        if merged and extent.start <= merged[-1].end + gap:
-            merged[-1] = Extent(merged[-1].start, max(merged[-1].end, extent.end))
-        else:
-            merged.append(extent)
+    begin = reached = -1  # Of the one that is growing; of very many extents most are part of another.
+    for start, end in sorted(extents):
+        if end <= start:
+            continue
+        if begin >= 0 and start <= reached + gap:
+            if end > reached:
+                reached = end
+            continue
+        if begin >= 0:
+            merged.append(Extent(begin, reached))
+        begin, reached = start, end
+    if begin >= 0:
+        merged.append(Extent(begin, reached))
     return merged
 
 

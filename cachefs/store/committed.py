@@ -61,6 +61,16 @@ class CommittedIndex:
                 self._repeats.error("chunk", "%s: taken for lost", error)
                 return None
 
+    def chunks(self, chunks: Sequence[f.ChunkId]) -> dict[f.ChunkId, f.Chunk]:
+        found = {}
+        with self._reading() as snapshot:
+            for chunk, key, record in snapshot.chunks(chunks):
+                try:
+                    found[chunk] = f.Chunk.decode(key, record)
+                except RecordCorrupt as error:
+                    self._repeats.error("chunk", "%s: taken for lost", error)
+        return found
+
     def candidates(self, digest: bytes, most: int) -> list[f.ChunkId]:
         with self._reading() as snapshot:
             return snapshot.candidates(digest, most)
