@@ -98,6 +98,8 @@ class Blocks:
         # Reads of guests that are no hits: of bytes on their way to the store, of those on its disk, and the rest.
         self.from_memory, self.from_disk, self.missed = Timed(), Timed(), Timed()
         self.beside_traces = Beside()
+        # A guest waits for something of a view's from an offset on, that nobody had asked for.
+        self.on_miss: Callable[[StoredView, int], None] = lambda view, offset: None
         # How many bytes of a view, from an offset on, cost so many of its origin's.
         self.reach: Callable[[StoredView, int, int], int] = lambda view, offset, cost: cost
 
@@ -304,6 +306,8 @@ class Blocks:
         extent = windows.request(miss, free, want)
         if extent is not None:
             flight = self._fetcher.start(view, extent, priority)
+            if priority is Priority.DEMAND and not sequential:
+                self.on_miss(view, miss.start)
             # Whoever reads so much in order goes over all of it, and does not come back soon.
             flight.in_passing |= sequential and want > windows.RANDOM_MAX
             pattern.follow(flight.extent, sequential)

@@ -3,7 +3,9 @@ Rule: whatever a guest waits for goes first; of what nobody leases or asks for n
 
 An image that is opened, pinned or asked for is fetched to its last byte, in the order of `plan.hydration`, in
 long requests below everything else (`Priority.HYDRATION`), within a bandwidth and a concurrency. While a guest
-waits, no request begins, and those that are under way stop taking bytes, so that the link is the guest's.
+waits, no request begins, and those that are under way stop taking bytes, so that the link is the guest's. First
+come the spans in which guests missed something, the last one first: what a guest reads next lies often close to
+what it read (a boot of Debian touches 111 MiB in blocks of 64 KiB, and they lie in 96 spans of 512).
 
 The disk inside a qcow2 stands on its file: the file is fetched whole and compared with Glance's hash, and the
 disk is made of what is here then (`Derivation`). From the moment that the disk is wanted until it is made, its
@@ -86,6 +88,7 @@ class _Job:
     at: int = 0
     passes: int = 0
     boots: list[Extent] | None = None  # What is fetched first, and is not known to be here; None: not asked yet.
+    near: OrderedDict[int, None] = field(default_factory=OrderedDict)  # Spans of misses, the last one last.
     claimed: list[Extent] = field(default_factory=list)  # What one of us is about to fetch.
     waits: bool = False  # All that is left is on its way.
     deriving: bool = False
@@ -178,6 +181,14 @@ class Hydrator:
         with trio.move_on_after(LET_GO_S):
             for job in going:
                 await job.idle.wait()
+
+    def missed(self, view: StoredView, offset: int) -> None:
+        """A guest waits for what lies there, and is likely to want next what lies around it."""
+        job = self._jobs.get(view.number)
+        if job is not None:
+            at = view.span_of(offset).start
+            job.near[at] = None
+            job.near.move_to_end(at)
 
     def look(self) -> None:
         """Something that is waited for may have come: a file was verified, or leases changed."""
@@ -509,8 +520,12 @@ class Hydrator:
             extent = await self._missing_of_boot(job)
             if extent is None:
                 return  # It stands in line with the others now.
+            in_order = False
         else:
-            extent = await self._next_missing(job)
+            extent = await self._missing_near(job)
+            in_order = extent is None
+            if extent is None:
+                extent = await self._next_missing(job)
         if extent is None:
             self._without_piece(job)
             return
@@ -521,8 +536,10 @@ class Hydrator:
                 return
             before = view.cached
             brought = await self._blocks.hydrate(view, extent)
-        except OriginChanged:
-            job.boots, job.at = [], extent.end  # What lies behind may be as it was.
+        except OriginError as error:
+            job.near.clear()  # Nobody is to be kept from the rest by what cannot be had.
+            if isinstance(error, OriginChanged):
+                job.boots, job.at = [], extent.end  # What lies behind may be as it was.
             raise
         finally:
             job.claimed.remove(extent)
@@ -539,7 +556,7 @@ class Hydrator:
             if job.asked and not self._is_leased(view):
                 self._end_asking(job, why)
             return
-        if not job.boots:
+        if in_order:
             job.at = extent.start
         self._went_well(job)
 
@@ -622,6 +639,21 @@ class Hydrator:
                 for free in subtract(gap, job.claimed + self._under_way(view, gap)):
                     return Extent(free.start, min(free.start + self._request_bytes, free.end))
             job.boots.pop()
+        return None
+
+    async def _missing_near(self, job: _Job) -> Extent | None:
+        """The first stretch that is missing of a span in which a guest missed something; of the last such span."""
+        view, most = job.view, self._request_bytes
+        if view.record.origin is OriginMode.STREAM or job.original is not None:
+            job.near.clear()
+        while job.near:
+            at = next(reversed(job.near))
+            span = view.span_of(at)
+            await self._blocks.load(view, span)
+            for gap in view.absent(span):
+                for free in subtract(gap, job.claimed + self._under_way(view, gap)):
+                    return Extent(free.start, min(free.start + most, free.end))
+            job.near.pop(at, None)
         return None
 
     async def _missing(self, job: _Job) -> Extent | None:

@@ -195,6 +195,7 @@ class Node:
             is_gone=self._is_gone,
             disks=self.derivation,
         )
+        self.blocks.on_miss = self.hydrator.missed
         around = AroundPrecache(
             ask=self.hydrator.ask,
             is_asked=self._is_asked,

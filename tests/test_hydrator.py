@@ -20,7 +20,7 @@ from cachefs.plan.windows import Pattern
 from cachefs.store.format import SpanNo
 from cachefs.store.room import Limits
 from cachefs.store.view import StoredView
-from tests.flow import Flow, Refuse, ScriptedSource, flow, until, virtual_time
+from tests.flow import Act, Flow, Refuse, Request, ScriptedSource, flow, until, virtual_time
 from tests.stores import SPAN, image_id
 
 SIZE = 6 * SPAN + 12345
@@ -78,6 +78,7 @@ async def hydrating(
 
         made.store.on_whole = became_whole
         made.fetcher.give_way(made.blocks)
+        made.blocks.on_miss = hydrator.missed
         await made.services.start(hydrator.run)
         yield Hydrated(made, leases, hydrator, whole)
 
@@ -172,6 +173,41 @@ async def test_a_guest_who_wants_what_is_being_hydrated_has_it_at_once(folder: P
         data = await now.flow.blocks.read(view, first.end - 4096, 4096, Pattern())
         assert bytes(data) == source.bytes_of(1, first.end - 4096, first.end)
         assert source.times_asked(1, (first.end - 1) // 65536) == 1, "the flight that was to bring it did"
+
+
+@virtual_time
+async def test_what_lies_around_a_guests_misses_comes_before_the_rest(folder: Path) -> None:
+    source = ScriptedSource(rate=5e6)
+    async with hydrating(folder, source, concurrency=1) as now:
+        view = now.open(1, 16 * SPAN)
+        await until(lambda: len(source.requests) == 1)
+        for span in (9, 12):
+            await now.flow.blocks.read(view, span * SPAN + SPAN // 2, 4096, Pattern())
+        await until(lambda: not view.absent(Extent(12 * SPAN, 13 * SPAN)))
+        assert view.absent(Extent(9 * SPAN, 10 * SPAN)), "the last one first"
+        await until(lambda: not view.absent(Extent(9 * SPAN, 10 * SPAN)))
+        behind = Extent(14 * SPAN, 16 * SPAN)
+        assert view.absent(behind) == [behind], "the windows of the misses, and no more"
+        await until(lambda: view.complete)
+        assert asked_once(source, 1, 16 * SPAN)
+
+
+@virtual_time
+async def test_what_cannot_be_had_around_a_miss_keeps_nobody_from_the_rest(folder: Path) -> None:
+    def act(request: Request) -> Act | None:
+        return Refuse(OriginUnavailable) if request.extent.start >= 12 * SPAN and not there else None
+
+    there = True
+    source = ScriptedSource(rate=5e6, act=act)
+    async with hydrating(folder, source, concurrency=1) as now:
+        view = now.open(1, 16 * SPAN)
+        await until(lambda: len(source.requests) == 1)
+        await now.flow.blocks.read(view, 12 * SPAN + SPAN // 2, 4096, Pattern())
+        there = False
+        await until(lambda: not view.absent(Extent(0, 12 * SPAN)))
+        assert view.absent(Extent(12 * SPAN, 13 * SPAN))
+        there = True
+        await until(lambda: view.complete)
 
 
 @virtual_time
