@@ -117,7 +117,11 @@ def _origin_rows(origin: Mapping[str, Any]) -> Rows:
 
 def _instances_words(instances: Mapping[str, Any]) -> str:
     verb = "stands" if instances["disks"] == 1 else "stand"
-    words = f"{counted(instances['disks'], 'disk')} {verb} on {counted(instances['images'], 'image')}"
+    if instances["images"] and not instances["disks"]:
+        stay = "stays" if instances["images"] == 1 else "stay"
+        words = f"no disks any more; {counted(instances['images'], 'image')} {stay} leased for [leases] grace"
+    else:
+        words = f"{counted(instances['disks'], 'disk')} {verb} on {counted(instances['images'], 'image')}"
     for folder in instances["folders"]:
         if folder["trouble"] is not None:
             words += f"; {folder['path']}: {folder['trouble']}"

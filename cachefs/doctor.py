@@ -667,7 +667,7 @@ def _security(mountpoint: str) -> Findings:
             f"`{mountpoint}/** r,` to /etc/apparmor.d/local/abstractions/libvirt-qemu",
         )
     elif not enforcing:
-        yield ok("security", f"neither SELinux nor AppArmor stands between guests and the mount ({_host()})")
+        yield ok("security", f"on {_host()} neither SELinux nor AppArmor stands between guests and the mount")
 
 
 def _first_line(path: Path) -> str | None:

@@ -21,7 +21,7 @@ _KEPT = "keeping it running"
 
 CLOUD = """
     [glance]
-    # of clouds.yaml
+    # One of clouds.yaml.
     cloud = NAME
 """
 APPLICATION_CREDENTIAL = """

@@ -190,6 +190,7 @@ class Story:
         for command in ("status", "images"):
             t.command(["cachefs", command])
             t.output(self._cachefs(command))
+        t.line()
         t.say("For Prometheus:")
         ask = ["curl", "-s", self._stage.metrics]
         t.command(ask, ["grep", "^cachefs_reads_total"])
@@ -302,6 +303,8 @@ def keep_text(stage: Stage, pid: int) -> str:
         ls -l {stage.mountpoint}/by-name/
         qemu-img info {stage.mountpoint}/by-name/{RAW}
         curl -s {stage.glance.endpoint}/v2/images
+
+        Nothing is fetched in the background: that is off here ([hydration] mode = manual).
 
         To end it, and leave nothing: Ctrl-C here, or kill {pid}
         """
