@@ -325,13 +325,13 @@ def _nova(config: Config) -> Findings:
     mounts = mounted()
     device = device_of(config.mount.mountpoint, mounts)
     ours = [one for one in mounts if one.kind == "fuse.cachefs" and one.root == b"/nova"]
-    dead = [shown(one.path) for one in ours if one.device != device and _is_dead(one.path)]
+    dead = [shown(one.path) for one in ours if _is_dead(one.path)]
     if dead:
         yield problem(
             "nova/", f"bound to {', '.join(dead)}: a bind of a daemon that is gone",
             f"umount -l {dead[0]}, then systemctl restart {MOUNT_UNIT} (or bind it again)",
         )  # fmt: skip
-    alive = sorted({shown(one.path) for one in ours if one.device == device})
+    alive = sorted({shown(one.path) for one in ours if one.device == device} - set(dead))
     owner = _name_of(config.nova.uid)
     yield ok("nova/", f"belongs to {owner}, bound to {', '.join(alive) or 'nothing: Nova has its own _base'}")
 

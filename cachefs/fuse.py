@@ -390,8 +390,19 @@ class Filesystem(pyfuse3.Operations):
                 attr.st_mtime_ns if fields.update_mtime else None,
             )
             return await _answer(self._change, node.number, changes)
-        if fields.update_mode or fields.update_uid or fields.update_gid or fields.update_size:
+        if fields.update_size:
             raise FUSEError(errno.EROFS)
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            is_so = await _answer(self._getattr, inode)
+            # Who has a whole tree belong to somebody, as deployments do, is not to fail over what does.
+            if (
+                (fields.update_mode and stat.S_IMODE(attr.st_mode) != stat.S_IMODE(is_so.st_mode))
+                or (fields.update_uid and attr.st_uid != is_so.st_uid)
+                or (fields.update_gid and attr.st_gid != is_so.st_gid)
+            ):
+                raise FUSEError(errno.EROFS)
+            if not (fields.update_atime or fields.update_mtime):
+                return is_so
         atime_ns = attr.st_atime_ns if fields.update_atime else None
         mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
         return await _answer(self._touch, inode, atime_ns, mtime_ns)

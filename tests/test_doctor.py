@@ -208,6 +208,7 @@ def test_doctor_of_a_node_that_is_well_and_of_one_that_died(origin: ScriptedOrig
         dead = examined(node, status=1)
         assert "a dead mount" in dead["mountpoint"][0]["found"]
         assert state(dead, "store") == "ok"
+        assert state(dead, "nova/") == "problem", "whoever looks there gets an error"
         node.start()  # Which takes its own dead mount away, and no other.
         stale = examined(node, status=1)
         assert state(stale, "mountpoint") == "ok"
