@@ -10,6 +10,8 @@ attribute of each: the daemon needs no right to give files away. Where the files
 belong to whom the folder belongs to.
 
 All work is done in threads, `THREADS` of them at most: a disk that hangs holds up scratch files, and no image.
+Each handle is a descriptor of the daemon's, and whoever may read a file can ask for any number: they have a share
+of all, and the rest is for the store and for Glance.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar, TypeVarTuple
@@ -38,6 +42,7 @@ Args = TypeVarTuple("Args")
 
 THREADS = 8
 FILES_MAX = 100_000
+HANDLES_SHARE = 4  # One in so many of the descriptors that the daemon may have.
 # So often room is asked for, for one write: others may take what was made.
 ROOM_TRIES = 3
 TOTALS_WAIT_S = 2.0
@@ -143,6 +148,7 @@ class Scratch:
         self._threads = trio.CapacityLimiter(THREADS)
         self.make_room: Callable[[int], Awaitable[bool]] = _no_room
         self._counting, self._known = trio.CapacityLimiter(1), Totals(0, 0, 0)
+        self._handles, self._handles_max = 0, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HANDLES_SHARE
         self._changing = trio.Lock()  # Who changes names waits for the disk in between.
         self._names: dict[bytes, int] = {}
         self._by_number: dict[int, bytes] = {}
@@ -183,7 +189,8 @@ class Scratch:
             if number is None:
                 if len(self._names) >= FILES_MAX:
                     raise ScratchFailed(name, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-                file, attributes = await self.work(self._make, name, owner, flags)
+                with self._one_more(name):
+                    file, attributes = await self.work(self._make, name, owner, flags)
                 self._know(name, file.number)
                 self._note_open(file)
                 return file, attributes
@@ -230,9 +237,25 @@ class Scratch:
 
     async def open(self, number: int, flags: int) -> ScratchFile:
         """Raises ScratchFailed."""
-        file = await self._on_file(self._open_file, number, flags)
+        with self._one_more(""):
+            file = await self._on_file(self._open_file, number, flags)
         self._note_open(file)
         return file
+
+    @contextmanager
+    def _one_more(self, name: bytes | str) -> Iterator[None]:
+        """Around the opening of a handle, which counts unless that fails. Raises ScratchFailed."""
+        if self._handles >= self._handles_max:
+            repeats.log(
+                logging.WARNING, errno.ENFILE, "scratch files in nova/: %d are open, no more may be", self._handles
+            )
+            raise ScratchFailed(name, OSError(errno.ENFILE, os.strerror(errno.ENFILE)))
+        self._handles += 1
+        try:
+            yield
+        except BaseException:
+            self._handles -= 1
+            raise
 
     def _note_open(self, file: ScratchFile) -> None:
         self._open.setdefault(file.number, []).append(file)
@@ -242,7 +265,10 @@ class Scratch:
         others.remove(file)
         if not others:
             del self._open[file.number]
-        await self.work(os.close, file.fd)
+        try:
+            await self.work(os.close, file.fd)
+        finally:
+            self._handles -= 1
 
     async def attributes(self, number: int) -> Attributes:
         """Raises ScratchFailed."""

@@ -615,6 +615,23 @@ def test_two_writers_and_a_race_of_renames(node: Node) -> None:
     assert os.listdir(node.store / "nova") == []
 
 
+def test_who_opens_scratch_files_without_end_takes_nothing_from_images(origin: ScriptedOrigin) -> None:
+    few = ("prlimit", "--nofile=256")
+    with tempfile.TemporaryDirectory() as folder, Node(Path(folder), origin.url, wrapper=few) as node:
+        path = node.mountpoint / "nova" / "file"
+        path.write_bytes(b"x")
+        for image, its_bytes in ((A, BYTES), (B, BYTES[::-1])):
+            with ExitStack() as opened:
+                for _ in range(64):
+                    opened.enter_context(path.open("rb"))
+                assert errno_of(lambda: path.open("rb")) == errno.ENFILE
+                assert errno_of(lambda: os.open(path.with_name("other"), os.O_CREAT)) == errno.ENFILE
+                assert node.path(image).read_bytes() == its_bytes, "which takes connections, and a segment"
+                assert node.cli("status").returncode == 0
+                assert (listed(node), path.stat().st_size) == ({"file"}, 1)
+            assert poll_until(lambda: errno_of(lambda: path.open("rb")) is None, 10)
+
+
 # ── Room ──────────────────────────────────────────────────────────────────────────────────────────────
 
 DISK_SIZE: Final = 192 * MIB
