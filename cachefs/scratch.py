@@ -346,7 +346,9 @@ class Scratch:
         os.rename(old, new, src_dir_fd=self._folder, dst_dir_fd=self._folder)
 
     def _open_file(self, number: int, flags: int) -> ScratchFile:
-        access = os.O_RDONLY if flags & os.O_ACCMODE == os.O_RDONLY else os.O_RDWR
+        # Who only reads may empty it all the same, by the kernel's rules.
+        only_reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
+        access = os.O_RDONLY if only_reads else os.O_RDWR
         fd = self._fd_of(number, access | (flags & _SYNC))
         try:
             if flags & os.O_TRUNC:
