@@ -733,6 +733,22 @@ def named(node: Node, image: str) -> bool:
     return "named by an instance disk" in node.cli("image", image, "--json").stdout
 
 
+def test_a_disk_that_names_a_base_by_a_link_to_novas_folder_leases_the_image(origin: ScriptedOrigin) -> None:
+    """Where instances lie on another disk, and `/var/lib/nova/instances` is a link to it."""
+    with a_node(origin.url, leases={"interval": 1}) as node:
+        real, instances = node.folder / "disk" / "instances", node.folder / "instances"
+        (real / "_base").mkdir(parents=True)
+        instances.symlink_to(real)
+        bound = instances / "_base"
+        subprocess.run(["mount", "--bind", node.mountpoint / "nova", bound], check=True)
+        try:
+            assert (bound / sha1(A)).read_bytes() == BYTES
+            make_disk(instances / "1" / "disk", bound / sha1(A))
+            assert poll_until(lambda: named(node, A), 30), node.log
+        finally:
+            subprocess.run(["umount", bound], check=True)
+
+
 def test_a_disk_that_names_a_base_by_novas_path_leases_the_image(origin: ScriptedOrigin) -> None:
     with a_node(origin.url, leases={"interval": 1}) as node:
         instances = node.folder / "instances"
