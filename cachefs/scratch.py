@@ -184,28 +184,36 @@ class Scratch:
 
     async def create(self, name: bytes, owner: Owner, flags: int) -> tuple[ScratchFile, Attributes]:
         """Makes the file, or opens it where it is there and `flags` have no O_EXCL. Raises ScratchFailed."""
-        async with self._changing:
-            number = self._names.get(name)
-            if number is None:
-                if len(self._names) >= FILES_MAX:
-                    raise ScratchFailed(name, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-                with self._one_more(name):
-                    file, attributes = await self.work(self._make, name, owner, flags)
-                self._know(name, file.number)
-                self._note_open(file)
-                return file, attributes
-        if flags & os.O_EXCL:
-            raise ScratchFailed(name, OSError(errno.EEXIST, os.strerror(errno.EEXIST)))
-        file = await self.open(number, flags)
-        return file, await self.attributes(number)
+        while True:
+            async with self._changing:
+                number = self._names.get(name)
+                if number is None:
+                    return await self._made(name, owner, flags)
+            if flags & os.O_EXCL:
+                raise ScratchFailed(name, OSError(errno.EEXIST, os.strerror(errno.EEXIST)))
+            try:
+                file = await self.open(number, flags)
+                return file, await self.attributes(number)
+            except ScratchFailed as error:
+                if error.code != errno.ENOENT or self._names.get(name) == number:
+                    raise
+
+    async def _made(self, name: bytes, owner: Owner, flags: int) -> tuple[ScratchFile, Attributes]:
+        if len(self._names) >= FILES_MAX:
+            raise ScratchFailed(name, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        with self._one_more(name):
+            file, attributes = await self.work(self._make, name, owner, flags)
+        self._know(name, file.number)
+        self._note_open(file)
+        return file, attributes
 
     async def unlink(self, name: bytes) -> None:
         """Raises ScratchFailed."""
         async with self._changing:
-            number = self._number(name)
-            await self.work(self._unlink, name)
-            del self._names[name]
-            self._by_number.pop(number, None)
+            self._number(name)
+            with self._unless_gone(name):
+                await self.work(self._unlink, name)
+            self._forget(name)
 
     async def rename(self, old: bytes, new: bytes, *, may_replace: bool) -> None:
         """Raises ScratchFailed: what is there and is no plain file is not replaced."""
@@ -213,7 +221,8 @@ class Scratch:
             number, replaced = self._number(old), self._names.get(new)
             if replaced is not None and not may_replace:
                 raise ScratchFailed(new, OSError(errno.EEXIST, os.strerror(errno.EEXIST)))
-            await self.work(self._rename, old, new)
+            with self._unless_gone(old):
+                await self.work(self._rename, old, new)
             del self._names[old]
             if replaced is not None:
                 self._by_number.pop(replaced, None)
@@ -224,8 +233,26 @@ class Scratch:
         await self.work(os.fsync, self._folder)
 
     def _know(self, name: bytes, number: int) -> None:
+        before = self._by_number.get(number)
+        if before is not None:  # Its number is another's now: it is gone, whoever removed it.
+            self._names.pop(before, None)
         self._names[name] = number
         self._by_number[number] = name
+
+    def _forget(self, name: bytes) -> None:
+        self._by_number.pop(self._names.pop(name), None)
+
+    @contextmanager
+    def _unless_gone(self, name: bytes) -> Iterator[None]:
+        """Around what needs the file of this name to be there, while nobody changes names: who removes it from the
+        folder himself, to have room, has removed it."""
+        try:
+            yield
+        except ScratchFailed as error:
+            if error.code == errno.ENOENT:
+                log.warning("a scratch file in nova/ is gone, and was not removed there: %s", error)
+                self._forget(name)
+            raise
 
     def _number(self, name: bytes) -> int:
         number = self._names.get(name)
@@ -238,7 +265,7 @@ class Scratch:
     async def open(self, number: int, flags: int) -> ScratchFile:
         """Raises ScratchFailed."""
         with self._one_more(""):
-            file = await self._on_file(self._open_file, number, flags)
+            file = await self._on_file(number, self._open_file, flags)
         self._note_open(file)
         return file
 
@@ -272,7 +299,7 @@ class Scratch:
 
     async def attributes(self, number: int) -> Attributes:
         """Raises ScratchFailed."""
-        return await self._on_file(self._with_file, number, os.O_RDONLY, self._attributes)
+        return await self._on_file(number, self._with_file, os.O_RDONLY, self._attributes)
 
     async def change(self, number: int, changes: Changes) -> Attributes:
         """Raises ScratchFailed."""
@@ -281,17 +308,21 @@ class Scratch:
             self._change(fd, changes)
             return self._attributes(fd)
 
-        return await self._on_file(self._with_file, number, os.O_RDWR, work)
+        return await self._on_file(number, self._with_file, os.O_RDWR, work)
 
-    async def _on_file(self, work: Callable[[*Args], Answer], *args: *Args) -> Answer:
+    async def _on_file(self, number: int, work: Callable[[int, *Args], Answer], *args: *Args) -> Answer:
         """Once more where the file was not found by its name: somebody may have been about to give it another."""
         try:
-            return await self.work(work, *args)
+            return await self.work(work, number, *args)
         except ScratchFailed as error:
             if error.code not in (errno.ENOENT, errno.ESTALE):
                 raise
         async with self._changing:
-            return await self.work(work, *args)
+            name = self._by_number.get(number)
+            if name is None:
+                return await self.work(work, number, *args)
+            with self._unless_gone(name):
+                return await self.work(work, number, *args)
 
     async def totals(self) -> Totals:
         """As they were last known where the disk does not say soon."""
