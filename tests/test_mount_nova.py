@@ -412,6 +412,29 @@ def test_renamed_over_an_image_it_stands_before_it(origin: ScriptedOrigin) -> No
         assert path.read_bytes() == BYTES
 
 
+def test_a_listing_that_began_before_a_rename_does_not_bring_back_what_was_there(origin: ScriptedOrigin) -> None:
+    """A listing says which file each name is, and the kernel believes that for a minute."""
+    with a_node(origin.url) as node:
+        path, part = base(node, A), base(node, A).with_name("part")
+        os.utime(path)
+        assert path.read_bytes() == BYTES
+        part.write_bytes(b"first")
+        with os.scandir(path.parent) as entries:
+            os.rename(part, path)
+            assert sorted(entry.name for entry in entries) == [path.name]
+        assert path.read_bytes() == b"first", "not the image"
+        assert not part.exists()
+        with os.scandir(path.parent) as entries, path.open("rb") as opened:
+            part.write_bytes(b"second")
+            os.rename(part, path)
+            assert sorted(entry.name for entry in entries) == [path.name]
+            assert (path.read_bytes(), opened.read()) == (b"second", b"first")
+        with os.scandir(path.parent) as entries, path.open("rb"):
+            os.unlink(path)
+            assert list(entries) == []
+        assert path.read_bytes() == BYTES
+
+
 def test_copied_from_another_host_in_place(origin: ScriptedOrigin, disk: Path) -> None:
     """scp writes to the name itself."""
     with a_node(origin.url) as node:
