@@ -1,6 +1,9 @@
 """Scratch files: what others write into `nova/`, each an ordinary file in a folder of its own beside the store.
 Rule: nothing but plain files of that folder is opened, and no disk is asked on the loop.
 
+The kernel opens a file by its number, and may do so a moment after the file was removed. A filesystem gives the
+inode of what was removed to what is made next: a number is more than that, or somebody would get another file.
+
 A name never becomes a path: it is looked up in the folder's own descriptor, and no link is followed. What lies
 there and is no plain file, or has another name elsewhere, was put there by somebody else: it is not shown, not
 opened and not replaced. The daemon alone changes the folder, so what is in it is known in memory from the start.
@@ -31,7 +34,7 @@ import trio
 
 from cachefs import logs
 from cachefs.errors import ScratchFailed
-from cachefs.namespace import NAME_BYTES_MAX, SCRATCH_MAX
+from cachefs.namespace import NAME_BYTES_MAX
 from cachefs.store.folder import make_scratch
 
 log = logs.get(__name__)
@@ -46,6 +49,9 @@ HANDLES_SHARE = 4  # One in so many of the descriptors that the daemon may have.
 # So often room is asked for, for one write: others may take what was made.
 ROOM_TRIES = 3
 TOTALS_WAIT_S = 2.0
+# A number is a file's inode on the disk, and above that how often there was another file of that inode before.
+INODES = 1 << 48
+TURNS = 1 << 14
 OWNER = "user.cachefs.owner"
 MODE = 0o644
 
@@ -75,8 +81,8 @@ class Owner(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """Of a file. `number` is its inode on the disk, `generation` tells it from one that had the same before; times
-    in nanoseconds since 1970, `blocks` of 512 bytes."""
+    """Of a file. `number` follows from its inode on the disk, `generation` tells it from one that had the same
+    before; times in nanoseconds since 1970, `blocks` of 512 bytes."""
 
     number: int
     generation: int
@@ -153,8 +159,7 @@ class Scratch:
         self._names: dict[bytes, int] = {}
         self._by_number: dict[int, bytes] = {}
         self._open: dict[int, list[ScratchFile]] = {}
-        self._generations: dict[int, int] = {}
-        self._created = 0
+        self._generations: dict[int, int] = {}  # How often there was another file of this inode before.
         try:
             path = make_scratch(store)
             self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -162,6 +167,7 @@ class Scratch:
                 for entry in entries:
                     info = entry.stat(follow_symlinks=False)
                     if _is_plain(info):
+                        self._generations[info.st_ino] = 0
                         self._know(os.fsencode(entry.name), info.st_ino)
         except OSError as error:
             raise ScratchFailed(store, error) from error
@@ -195,7 +201,7 @@ class Scratch:
                 file = await self.open(number, flags)
                 return file, await self.attributes(number)
             except ScratchFailed as error:
-                if error.code != errno.ENOENT or self._names.get(name) == number:
+                if error.code not in (errno.ENOENT, errno.ESTALE) or self._names.get(name) == number:
                     raise
 
     async def _made(self, name: bytes, owner: Owner, flags: int) -> tuple[ScratchFile, Attributes]:
@@ -233,9 +239,6 @@ class Scratch:
         await self.work(os.fsync, self._folder)
 
     def _know(self, name: bytes, number: int) -> None:
-        before = self._by_number.get(number)
-        if before is not None:  # Its number is another's now: it is gone, whoever removed it.
-            self._names.pop(before, None)
         self._names[name] = number
         self._by_number[number] = name
 
@@ -353,8 +356,7 @@ class Scratch:
             info = os.fstat(fd)
             if not _is_plain(info):  # It was made a moment ago: what it lacks is a number that can be shown.
                 raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
-            self._created += 1
-            self._generations[info.st_ino] = self._created
+            self._generations[info.st_ino] = self._generations.get(info.st_ino, -1) + 1
             self._give(fd, owner._replace(mode=owner.mode & 0o777))
             attributes = self._attributes(fd)
         except BaseException:
@@ -390,15 +392,15 @@ class Scratch:
             raise
 
     def _fd_of(self, number: int, access: int) -> int:
-        """A new descriptor of the file. Raises OSError: ESTALE where something else has its name."""
-        name = self._by_number.get(number)
-        if name is None:  # Unlinked, and open: by its descriptor it can still be reached.
-            files = self._open.get(number)
-            if not files:
-                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        """A new descriptor of the file. Raises OSError: ESTALE where there is none of this number any more, or
+        something else has its name."""
+        name, files = self._by_number.get(number), self._open.get(number, ())
+        if name is not None:
+            where, flags = name, access | _OPEN
+        elif files:  # Unlinked, and open: by its descriptor it can still be reached.
             where, flags = os.fsencode(f"/proc/self/fd/{files[0].fd}"), access | os.O_CLOEXEC
         else:
-            where, flags = name, access | _OPEN
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # The kernel looks the name up again.
         try:
             fd = os.open(where, flags, dir_fd=self._folder)
         except OSError as error:
@@ -406,7 +408,9 @@ class Scratch:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
             raise
         info = os.fstat(fd)
-        if info.st_ino != number or not _is_plain(info):
+        # If it was removed while we opened it, its name, descriptor and inode may be another's already.
+        there = self._by_number.get(number) == name if name is not None else self._open.get(number) is files
+        if info.st_ino != number % INODES or not _is_plain(info) or not there:
             os.close(fd)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return fd
@@ -420,8 +424,10 @@ class Scratch:
 
     def _attributes(self, fd: int) -> Attributes:
         info = os.fstat(fd)
+        generation = self._generations.get(info.st_ino, 0)
+        number = generation % TURNS * INODES + info.st_ino
         return Attributes(
-            info.st_ino, self._generations.get(info.st_ino, 0), self._owner_of(fd), info.st_size, info.st_blocks,
+            number, generation, self._owner_of(fd), info.st_size, info.st_blocks,
             info.st_atime_ns, info.st_mtime_ns, info.st_ctime_ns,
         )  # fmt: skip
 
@@ -473,7 +479,7 @@ async def _no_room(wanted: int) -> bool:
 
 
 def _is_plain(info: os.stat_result) -> bool:
-    return stat.S_ISREG(info.st_mode) and info.st_nlink <= 1 and info.st_ino <= SCRATCH_MAX
+    return stat.S_ISREG(info.st_mode) and info.st_nlink <= 1 and info.st_ino < INODES
 
 
 def _checked(name: bytes) -> bytes:
