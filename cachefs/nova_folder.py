@@ -138,7 +138,7 @@ class NovaFolder:
         except Leased as error:
             log.info("removed from nova/, and kept: %s", error, image=image)
         else:
-            log.info("removed from nova/: what is cached of it is dropped", image=image)
+            log.info("removed from nova/: what is cached of it is dropped, unless a disk names it", image=image)
 
     async def rename(self, old: bytes, new: bytes, *, may_replace: bool) -> None:
         """Of a scratch file; over an image's name it stands before the image. Raises NoEntry, ReadOnly for an

@@ -758,6 +758,20 @@ def named(node: Node, image: str) -> bool:
     return "named by an instance disk" in node.cli("image", image, "--json").stdout
 
 
+def test_what_nova_removes_is_kept_for_a_disk_that_nobody_saw_yet(origin: ScriptedOrigin) -> None:
+    """One that came with a migration, between two looks: its base was not opened here."""
+    with a_node(origin.url, leases={"interval": 86400, "touch_grace": 0}) as node:
+        for image in (A, B):
+            assert base(node, image).read_bytes() in (BYTES, BYTES[::-1])
+        node.wait_for_status(lambda now: now["instances"]["looks"] > 1)
+        make_disk(node.folder / "instances" / "1" / "disk", base(node, A))
+        os.unlink(base(node, A))
+        node.wait_for_log("kept: image")
+        os.unlink(base(node, B))
+        assert poll_until(lambda: cached(node, B) == 0, 20)
+        assert (named(node, A), cached(node, A)) == (True, SIZE)
+
+
 def test_a_disk_that_names_a_base_by_a_link_to_novas_folder_leases_the_image(origin: ScriptedOrigin) -> None:
     """Where instances lie on another disk, and `/var/lib/nova/instances` is a link to it."""
     with a_node(origin.url, leases={"interval": 1}) as node:
