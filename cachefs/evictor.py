@@ -23,7 +23,7 @@ import trio
 
 from cachefs import logs
 from cachefs.errors import CachefsError, Leased, StoreError
-from cachefs.leases import LeasedView, Leases
+from cachefs.leases import SETTLE_MAX_S, LeasedView, Leases
 from cachefs.plan import eviction
 from cachefs.plan.eviction import Priority, Standing, Victim, ViewUse
 from cachefs.store.format import SpanNo, ViewKind, ViewNo
@@ -162,14 +162,16 @@ class Evictor:
             raise asked.error.again()
         return asked
 
-    def begin_evicting(self, image: str) -> Asked:
-        """The same without waiting; whoever asks for it again meanwhile gets the same. Raises Leased."""
+    def begin_evicting(self, image: str, *, looked: bool = True) -> Asked:
+        """The same without waiting; whoever asks for it again meanwhile gets the same. `looked`: instance disks
+        were looked at just now; else they are first, and where that takes too long the image is left alone.
+        Raises Leased."""
         asked = self._asked.get(image)
         if asked is None:
             assert self._nursery is not None, "the evictor is not running"
             self._refuse_leased(image)
             asked = self._asked[image] = Asked(image=image)
-            self._nursery.start_soon(self._evict_asked, asked)
+            self._nursery.start_soon(self._evict_asked, asked, looked)
         return asked
 
     def status(self) -> dict[str, Any]:
@@ -382,10 +384,12 @@ class Evictor:
 
     # ── when asked ──
 
-    async def _evict_asked(self, asked: Asked) -> None:
+    async def _evict_asked(self, asked: Asked, looked: bool) -> None:
         try:
             await self._uses.ready.wait()
             await self._leases.ready.wait()
+            if not looked:
+                await self._look_first(asked.image)
             await self.before_asked(asked.image)
             await self._uses.reconcile()
             self._uses.look()
@@ -408,6 +412,18 @@ class Evictor:
         finally:
             del self._asked[asked.image]
             asked.done.set()
+
+    async def _look_first(self, image: str) -> None:
+        """A disk may have come that nobody saw yet. Raises Leased."""
+        try:
+            with trio.move_on_after(SETTLE_MAX_S) as patience:
+                await self._leases.look()
+            if patience.cancelled_caught:
+                raise Leased(image, ("instance disks are still being looked at",))
+            self._refuse_leased(image)
+        except Leased as error:
+            log.info("kept: %s", error, image=image)
+            raise
 
     def _views_of(self, image: str) -> list[EvictableView]:
         return [view for view in self._store.views() if view.record.image == image]

@@ -109,7 +109,7 @@ class Filesystem(pyfuse3.Operations):
         self._open: dict[int, _Opened | _OpenedScratch] = {}
         self._by_inode: dict[int, list[_Opened]] = {}
         self.sizes = Sizes(store)
-        self._folders: dict[int, list[_Entry]] = {}
+        self._folders: dict[int, tuple[_Inode, list[_Entry]]] = {}
         self._handles = itertools.count(1)
         self.open_count: Counter[str] = Counter()
         self.on_open: Callable[[StoredView], None] = lambda stored: None
@@ -515,12 +515,13 @@ class Filesystem(pyfuse3.Operations):
         return await _answer(self._opendir, inode)
 
     async def _opendir(self, inode: int) -> int:
-        entries = await self._entries(node_of(inode))
+        folder = node_of(inode)
+        entries = await self._entries(folder)
         handle = next(self._handles)
-        self._folders[handle] = entries
+        self._folders[handle] = folder, entries
         return handle
 
-    async def _entries(self, folder: Folder | Node | Overlay | ScratchNode | None) -> list[_Entry]:
+    async def _entries(self, folder: _Inode) -> list[_Entry]:
         match folder:
             case Folder.ROOT:
                 return list(self._tops.items())
@@ -541,7 +542,12 @@ class Filesystem(pyfuse3.Operations):
         await _answer(self._readdir, fh, start_id, token)
 
     async def _readdir(self, fh: int, start_id: int, token: Any) -> None:
-        for position, (name, node) in enumerate(self._folders[fh][start_id : start_id + 1000], start_id + 1):
+        folder, entries = self._folders[fh]
+        for position, (name, listed) in enumerate(entries[start_id : start_id + 1000], start_id + 1):
+            # What is told here the kernel believes as it does a look-up, and it changes no name meanwhile.
+            node = self._in_nova(folder).still(name, listed) if folder is Folder.NOVA else listed
+            if node is None:
+                continue
             try:
                 attributes = await self._describe_node(node)
             except (NoEntry, ScratchFailed):
@@ -662,6 +668,7 @@ class _OpenedScratch(NamedTuple):
     view: ScratchFile
 
 
+_Inode = Folder | Node | Overlay | ScratchNode | None
 _Entry = tuple[bytes, Folder | Node | Overlay | ScratchNode]
 _SLOT_OF = {Folder.IMAGES: Slot.ORIGINAL, Folder.RAW: Slot.RAW, Folder.RESIZED: Slot.SIZES}
 

@@ -132,6 +132,8 @@ class Walker:
             fd = os.open(self.folder, _FOLDER)
             self._enter(fd, self.folder)
             self.place = _place_of(fd)
+            if self._names is not None and self._levels:
+                self._names = self._names.below(self.folder, os.readlink(b"/proc/self/fd/%d" % fd))
         except OSError as error:
             self.trouble = "it is not there" if error.errno == errno.ENOENT else error.strerror or str(error)
             self.close()

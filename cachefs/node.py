@@ -280,7 +280,7 @@ class Node:
         """Somebody needs the image no more. Raises Leased where others do."""
         if (why := self.precache.why(image)) is not None:
             raise Leased(image, (f"it is {why}",))
-        self.evictor.begin_evicting(image)
+        self.evictor.begin_evicting(image, looked=False)
 
     def _lost(self, view: StoredView) -> None:
         if view.record.kind is ViewKind.ORIGINAL:

@@ -16,11 +16,11 @@ def notify(**fields: str) -> None:
     if not where.startswith(("/", "@")):
         return
     message = "\n".join(f"{name}={' '.join(value.splitlines())}" for name, value in fields.items())
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.sendto(message.encode(), "\0" + where[1:] if where[0] == "@" else where)
-        except OSError:
-            pass  # Whoever asked to be told is gone.
+    except OSError:
+        pass  # Whoever asked to be told is gone, or there is no descriptor left for it.
 
 
 def watchdog_s() -> float | None:

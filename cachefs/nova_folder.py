@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Collection
+from typing import TypeVar
 
 import trio
 
@@ -26,6 +27,8 @@ from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
 
 log = logs.get(__name__)
+
+Listed = TypeVar("Listed")
 
 # The kernel looks up one name of a folder at a time: who is waited for holds up all others.
 INSPECTION_WAIT_S = 20.0
@@ -91,6 +94,13 @@ class NovaFolder:
             if self.scratch.number_of(base_name(image.id)) is None
         ]
 
+    def still(self, name: bytes, listed: Listed) -> Listed | ScratchNode | None:
+        """What a name means that was `listed` a while ago; None where it is gone."""
+        number = self.scratch.number_of(name)
+        if number is not None:
+            return ScratchNode(number)
+        return None if isinstance(listed, ScratchNode) else listed
+
     def _slot_of(self, image: Image) -> Slot:
         is_refused = image.disk is not None and image.disk.refused is not None
         return Slot.RAW if self.kind is ViewKind.RAW or is_refused else Slot.ORIGINAL
@@ -128,7 +138,7 @@ class NovaFolder:
         except Leased as error:
             log.info("removed from nova/, and kept: %s", error, image=image)
         else:
-            log.info("removed from nova/: what is cached of it is dropped", image=image)
+            log.info("removed from nova/: what is cached of it is dropped, unless a disk names it", image=image)
 
     async def rename(self, old: bytes, new: bytes, *, may_replace: bool) -> None:
         """Of a scratch file; over an image's name it stands before the image. Raises NoEntry, ReadOnly for an

@@ -1,6 +1,9 @@
 """Scratch files: what others write into `nova/`, each an ordinary file in a folder of its own beside the store.
 Rule: nothing but plain files of that folder is opened, and no disk is asked on the loop.
 
+The kernel opens a file by its number, and may do so a moment after the file was removed. A filesystem gives the
+inode of what was removed to what is made next: a number is more than that, or somebody would get another file.
+
 A name never becomes a path: it is looked up in the folder's own descriptor, and no link is followed. What lies
 there and is no plain file, or has another name elsewhere, was put there by somebody else: it is not shown, not
 opened and not replaced. The daemon alone changes the folder, so what is in it is known in memory from the start.
@@ -10,6 +13,8 @@ attribute of each: the daemon needs no right to give files away. Where the files
 belong to whom the folder belongs to.
 
 All work is done in threads, `THREADS` of them at most: a disk that hangs holds up scratch files, and no image.
+Each handle is a descriptor of the daemon's, and whoever may read a file can ask for any number: they have a share
+of all, and the rest is for the store and for Glance.
 """
 
 from __future__ import annotations
@@ -17,8 +22,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar, TypeVarTuple
@@ -27,7 +34,7 @@ import trio
 
 from cachefs import logs
 from cachefs.errors import ScratchFailed
-from cachefs.namespace import NAME_BYTES_MAX, SCRATCH_MAX
+from cachefs.namespace import NAME_BYTES_MAX
 from cachefs.store.folder import make_scratch
 
 log = logs.get(__name__)
@@ -38,9 +45,13 @@ Args = TypeVarTuple("Args")
 
 THREADS = 8
 FILES_MAX = 100_000
+HANDLES_SHARE = 4  # One in so many of the descriptors that the daemon may have.
 # So often room is asked for, for one write: others may take what was made.
 ROOM_TRIES = 3
 TOTALS_WAIT_S = 2.0
+# A number is a file's inode on the disk, and above that how often there was another file of that inode before.
+INODES = 1 << 48
+TURNS = 1 << 14
 OWNER = "user.cachefs.owner"
 MODE = 0o644
 
@@ -70,8 +81,8 @@ class Owner(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """Of a file. `number` is its inode on the disk, `generation` tells it from one that had the same before; times
-    in nanoseconds since 1970, `blocks` of 512 bytes."""
+    """Of a file. `number` follows from its inode on the disk, `generation` tells it from one that had the same
+    before; times in nanoseconds since 1970, `blocks` of 512 bytes."""
 
     number: int
     generation: int
@@ -143,12 +154,12 @@ class Scratch:
         self._threads = trio.CapacityLimiter(THREADS)
         self.make_room: Callable[[int], Awaitable[bool]] = _no_room
         self._counting, self._known = trio.CapacityLimiter(1), Totals(0, 0, 0)
+        self._handles, self._handles_max = 0, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // HANDLES_SHARE
         self._changing = trio.Lock()  # Who changes names waits for the disk in between.
         self._names: dict[bytes, int] = {}
         self._by_number: dict[int, bytes] = {}
         self._open: dict[int, list[ScratchFile]] = {}
-        self._generations: dict[int, int] = {}
-        self._created = 0
+        self._generations: dict[int, int] = {}  # How often there was another file of this inode before.
         try:
             path = make_scratch(store)
             self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -156,6 +167,7 @@ class Scratch:
                 for entry in entries:
                     info = entry.stat(follow_symlinks=False)
                     if _is_plain(info):
+                        self._generations[info.st_ino] = 0
                         self._know(os.fsencode(entry.name), info.st_ino)
         except OSError as error:
             raise ScratchFailed(store, error) from error
@@ -178,27 +190,36 @@ class Scratch:
 
     async def create(self, name: bytes, owner: Owner, flags: int) -> tuple[ScratchFile, Attributes]:
         """Makes the file, or opens it where it is there and `flags` have no O_EXCL. Raises ScratchFailed."""
-        async with self._changing:
-            number = self._names.get(name)
-            if number is None:
-                if len(self._names) >= FILES_MAX:
-                    raise ScratchFailed(name, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-                file, attributes = await self.work(self._make, name, owner, flags)
-                self._know(name, file.number)
-                self._note_open(file)
-                return file, attributes
-        if flags & os.O_EXCL:
-            raise ScratchFailed(name, OSError(errno.EEXIST, os.strerror(errno.EEXIST)))
-        file = await self.open(number, flags)
-        return file, await self.attributes(number)
+        while True:
+            async with self._changing:
+                number = self._names.get(name)
+                if number is None:
+                    return await self._made(name, owner, flags)
+            if flags & os.O_EXCL:
+                raise ScratchFailed(name, OSError(errno.EEXIST, os.strerror(errno.EEXIST)))
+            try:
+                file = await self.open(number, flags)
+                return file, await self.attributes(number)
+            except ScratchFailed as error:
+                if error.code not in (errno.ENOENT, errno.ESTALE) or self._names.get(name) == number:
+                    raise
+
+    async def _made(self, name: bytes, owner: Owner, flags: int) -> tuple[ScratchFile, Attributes]:
+        if len(self._names) >= FILES_MAX:
+            raise ScratchFailed(name, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        with self._one_more(name):
+            file, attributes = await self.work(self._make, name, owner, flags)
+        self._know(name, file.number)
+        self._note_open(file)
+        return file, attributes
 
     async def unlink(self, name: bytes) -> None:
         """Raises ScratchFailed."""
         async with self._changing:
-            number = self._number(name)
-            await self.work(self._unlink, name)
-            del self._names[name]
-            self._by_number.pop(number, None)
+            self._number(name)
+            with self._unless_gone(name):
+                await self.work(self._unlink, name)
+            self._forget(name)
 
     async def rename(self, old: bytes, new: bytes, *, may_replace: bool) -> None:
         """Raises ScratchFailed: what is there and is no plain file is not replaced."""
@@ -206,7 +227,8 @@ class Scratch:
             number, replaced = self._number(old), self._names.get(new)
             if replaced is not None and not may_replace:
                 raise ScratchFailed(new, OSError(errno.EEXIST, os.strerror(errno.EEXIST)))
-            await self.work(self._rename, old, new)
+            with self._unless_gone(old):
+                await self.work(self._rename, old, new)
             del self._names[old]
             if replaced is not None:
                 self._by_number.pop(replaced, None)
@@ -220,6 +242,21 @@ class Scratch:
         self._names[name] = number
         self._by_number[number] = name
 
+    def _forget(self, name: bytes) -> None:
+        self._by_number.pop(self._names.pop(name), None)
+
+    @contextmanager
+    def _unless_gone(self, name: bytes) -> Iterator[None]:
+        """Around what needs the file of this name to be there, while nobody changes names: who removes it from the
+        folder himself, to have room, has removed it."""
+        try:
+            yield
+        except ScratchFailed as error:
+            if error.code == errno.ENOENT:
+                log.warning("a scratch file in nova/ is gone, and was not removed there: %s", error)
+                self._forget(name)
+            raise
+
     def _number(self, name: bytes) -> int:
         number = self._names.get(name)
         if number is None:
@@ -230,9 +267,25 @@ class Scratch:
 
     async def open(self, number: int, flags: int) -> ScratchFile:
         """Raises ScratchFailed."""
-        file = await self._on_file(self._open_file, number, flags)
+        with self._one_more(""):
+            file = await self._on_file(number, self._open_file, flags)
         self._note_open(file)
         return file
+
+    @contextmanager
+    def _one_more(self, name: bytes | str) -> Iterator[None]:
+        """Around the opening of a handle, which counts unless that fails. Raises ScratchFailed."""
+        if self._handles >= self._handles_max:
+            repeats.log(
+                logging.WARNING, errno.ENFILE, "scratch files in nova/: %d are open, no more may be", self._handles
+            )
+            raise ScratchFailed(name, OSError(errno.ENFILE, os.strerror(errno.ENFILE)))
+        self._handles += 1
+        try:
+            yield
+        except BaseException:
+            self._handles -= 1
+            raise
 
     def _note_open(self, file: ScratchFile) -> None:
         self._open.setdefault(file.number, []).append(file)
@@ -242,11 +295,14 @@ class Scratch:
         others.remove(file)
         if not others:
             del self._open[file.number]
-        await self.work(os.close, file.fd)
+        try:
+            await self.work(os.close, file.fd)
+        finally:
+            self._handles -= 1
 
     async def attributes(self, number: int) -> Attributes:
         """Raises ScratchFailed."""
-        return await self._on_file(self._with_file, number, os.O_RDONLY, self._attributes)
+        return await self._on_file(number, self._with_file, os.O_RDONLY, self._attributes)
 
     async def change(self, number: int, changes: Changes) -> Attributes:
         """Raises ScratchFailed."""
@@ -255,17 +311,21 @@ class Scratch:
             self._change(fd, changes)
             return self._attributes(fd)
 
-        return await self._on_file(self._with_file, number, os.O_RDWR, work)
+        return await self._on_file(number, self._with_file, os.O_RDWR, work)
 
-    async def _on_file(self, work: Callable[[*Args], Answer], *args: *Args) -> Answer:
+    async def _on_file(self, number: int, work: Callable[[int, *Args], Answer], *args: *Args) -> Answer:
         """Once more where the file was not found by its name: somebody may have been about to give it another."""
         try:
-            return await self.work(work, *args)
+            return await self.work(work, number, *args)
         except ScratchFailed as error:
             if error.code not in (errno.ENOENT, errno.ESTALE):
                 raise
         async with self._changing:
-            return await self.work(work, *args)
+            name = self._by_number.get(number)
+            if name is None:
+                return await self.work(work, number, *args)
+            with self._unless_gone(name):
+                return await self.work(work, number, *args)
 
     async def totals(self) -> Totals:
         """As they were last known where the disk does not say soon."""
@@ -296,8 +356,7 @@ class Scratch:
             info = os.fstat(fd)
             if not _is_plain(info):  # It was made a moment ago: what it lacks is a number that can be shown.
                 raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
-            self._created += 1
-            self._generations[info.st_ino] = self._created
+            self._generations[info.st_ino] = self._generations.get(info.st_ino, -1) + 1
             self._give(fd, owner._replace(mode=owner.mode & 0o777))
             attributes = self._attributes(fd)
         except BaseException:
@@ -320,7 +379,9 @@ class Scratch:
         os.rename(old, new, src_dir_fd=self._folder, dst_dir_fd=self._folder)
 
     def _open_file(self, number: int, flags: int) -> ScratchFile:
-        access = os.O_RDONLY if flags & os.O_ACCMODE == os.O_RDONLY else os.O_RDWR
+        # Who only reads may empty it all the same, by the kernel's rules.
+        only_reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
+        access = os.O_RDONLY if only_reads else os.O_RDWR
         fd = self._fd_of(number, access | (flags & _SYNC))
         try:
             if flags & os.O_TRUNC:
@@ -331,15 +392,15 @@ class Scratch:
             raise
 
     def _fd_of(self, number: int, access: int) -> int:
-        """A new descriptor of the file. Raises OSError: ESTALE where something else has its name."""
-        name = self._by_number.get(number)
-        if name is None:  # Unlinked, and open: by its descriptor it can still be reached.
-            files = self._open.get(number)
-            if not files:
-                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        """A new descriptor of the file. Raises OSError: ESTALE where there is none of this number any more, or
+        something else has its name."""
+        name, files = self._by_number.get(number), self._open.get(number, ())
+        if name is not None:
+            where, flags = name, access | _OPEN
+        elif files:  # Unlinked, and open: by its descriptor it can still be reached.
             where, flags = os.fsencode(f"/proc/self/fd/{files[0].fd}"), access | os.O_CLOEXEC
         else:
-            where, flags = name, access | _OPEN
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # The kernel looks the name up again.
         try:
             fd = os.open(where, flags, dir_fd=self._folder)
         except OSError as error:
@@ -347,7 +408,9 @@ class Scratch:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
             raise
         info = os.fstat(fd)
-        if info.st_ino != number or not _is_plain(info):
+        # If it was removed while we opened it, its name, descriptor and inode may be another's already.
+        there = self._by_number.get(number) == name if name is not None else self._open.get(number) is files
+        if info.st_ino != number % INODES or not _is_plain(info) or not there:
             os.close(fd)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return fd
@@ -361,8 +424,10 @@ class Scratch:
 
     def _attributes(self, fd: int) -> Attributes:
         info = os.fstat(fd)
+        generation = self._generations.get(info.st_ino, 0)
+        number = generation % TURNS * INODES + info.st_ino
         return Attributes(
-            info.st_ino, self._generations.get(info.st_ino, 0), self._owner_of(fd), info.st_size, info.st_blocks,
+            number, generation, self._owner_of(fd), info.st_size, info.st_blocks,
             info.st_atime_ns, info.st_mtime_ns, info.st_ctime_ns,
         )  # fmt: skip
 
@@ -414,7 +479,7 @@ async def _no_room(wanted: int) -> bool:
 
 
 def _is_plain(info: os.stat_result) -> bool:
-    return stat.S_ISREG(info.st_mode) and info.st_nlink <= 1 and info.st_ino <= SCRATCH_MAX
+    return stat.S_ISREG(info.st_mode) and info.st_nlink <= 1 and info.st_ino < INODES
 
 
 def _checked(name: bytes) -> bytes:

@@ -234,6 +234,22 @@ def test_a_folder_that_is_bound_is_not_walked_into_and_its_names_mean_images(fol
         assert names(walker, folder) == expected
 
 
+def test_a_bind_is_known_by_its_real_place_and_named_by_a_link_to_it(folder: Path) -> None:
+    bound, link = folder / "_base", folder.with_name("link")
+    bound.mkdir()
+    link.symlink_to(folder)
+    make_disk(folder / "two" / "disk", link / "_base" / base_name(A).decode())
+    make_disk(folder / "three" / "disk", bound / base_name(A).decode())
+    make_disk(bound / "disk", image(B))
+    spelt = BaseNames({base_name(A): A}.get, ViewKind.RAW, (os.fsencode(bound), os.fsencode(f"{folder}2/_base")))
+    for spelling in (str(link), f"{link}/"):
+        walker = Walker(os.fsencode(spelling), [os.fsencode(MOUNT)], names=lambda: spelt)
+        while not walker.done:
+            walker.step()
+        found = {os.path.relpath(os.fsdecode(path), spelling): base for path, base in walker.walk.found.items()}
+        assert found == dict.fromkeys(("one/disk", "two/disk", "three/disk"), Base(A, ViewKind.RAW))
+
+
 def test_names_of_any_bytes(folder: Path) -> None:
     odd = os.path.join(os.fsencode(folder), b"\xff\x80 \n\x1b[31m")
     os.mkdir(odd)

@@ -267,7 +267,8 @@ def test_only_what_was_used_and_is_here_is_listed_and_what_nova_removes_is_dropp
         os.utime(base(node, A))
         os.utime(base(node, B))
         (node.mountpoint / "nova" / "swap_1").write_bytes(b"x")
-        assert listed(node) == {sha1(A), sha1(B), "swap_1"}
+        # What was touched is listed when its first bytes have come.
+        assert poll_until(lambda: listed(node) == {sha1(A), sha1(B), "swap_1"}, 20), listed(node)
         for name in listed(node):  # As the periodic pass looks at each.
             assert os.path.isfile(node.mountpoint / "nova" / name)
             assert os.path.getmtime(node.mountpoint / "nova" / name) > 0
@@ -425,6 +426,29 @@ def test_renamed_over_an_image_it_stands_before_it(origin: ScriptedOrigin) -> No
         assert path.read_bytes() == BYTES
 
 
+def test_a_listing_that_began_before_a_rename_does_not_bring_back_what_was_there(origin: ScriptedOrigin) -> None:
+    """A listing says which file each name is, and the kernel believes that for a minute."""
+    with a_node(origin.url) as node:
+        path, part = base(node, A), base(node, A).with_name("part")
+        os.utime(path)
+        assert path.read_bytes() == BYTES
+        part.write_bytes(b"first")
+        with os.scandir(path.parent) as entries:
+            os.rename(part, path)
+            assert sorted(entry.name for entry in entries) == [path.name]
+        assert path.read_bytes() == b"first", "not the image"
+        assert not part.exists()
+        with os.scandir(path.parent) as entries, path.open("rb") as opened:
+            part.write_bytes(b"second")
+            os.rename(part, path)
+            assert sorted(entry.name for entry in entries) == [path.name]
+            assert (path.read_bytes(), opened.read()) == (b"second", b"first")
+        with os.scandir(path.parent) as entries, path.open("rb"):
+            os.unlink(path)
+            assert list(entries) == []
+        assert path.read_bytes() == BYTES
+
+
 def test_copied_from_another_host_in_place(origin: ScriptedOrigin, disk: Path) -> None:
     """scp writes to the name itself."""
     with a_node(origin.url) as node:
@@ -494,6 +518,11 @@ def test_it_is_an_ordinary_file(node: Node) -> None:
             assert os.pwritev(direct, [room], 4096) == 8192
         os.close(direct)
         os.utime(path, ns=(1, 981173106789012345))
+        emptied = folder / "emptied"
+        emptied.write_bytes(b"x")
+        os.close(os.open(emptied, os.O_RDONLY | os.O_TRUNC))  # POSIX leaves it open, Linux empties it.
+        assert emptied.stat().st_size == 0
+        emptied.unlink()
         found = path.stat()
         seen.append((path.read_bytes(), found.st_size, found.st_atime_ns, found.st_mtime_ns, found.st_nlink))
         with path.open("r+b", buffering=0) as file:
@@ -608,7 +637,9 @@ def test_two_writers_and_a_race_of_renames(node: Node) -> None:
         for _ in range(60):
             try:
                 found = target.read_bytes()
-            except FileNotFoundError:
+            except OSError as error:  # The kernel asks again where a file went while it was opened: once.
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
                 continue
             assert found in pieces, "all of one writer's"
 
@@ -626,6 +657,23 @@ def test_two_writers_and_a_race_of_renames(node: Node) -> None:
     assert both.read_bytes() == b"1" * 4096 + b"2" * 4096
     both.unlink()
     assert os.listdir(node.store / "nova") == []
+
+
+def test_who_opens_scratch_files_without_end_takes_nothing_from_images(origin: ScriptedOrigin) -> None:
+    few = ("prlimit", "--nofile=256")
+    with tempfile.TemporaryDirectory() as folder, Node(Path(folder), origin.url, wrapper=few) as node:
+        path = node.mountpoint / "nova" / "file"
+        path.write_bytes(b"x")
+        for image, its_bytes in ((A, BYTES), (B, BYTES[::-1])):
+            with ExitStack() as opened:
+                for _ in range(64):
+                    opened.enter_context(path.open("rb"))
+                assert errno_of(lambda: path.open("rb")) == errno.ENFILE
+                assert errno_of(lambda: os.open(path.with_name("other"), os.O_CREAT)) == errno.ENFILE
+                assert node.path(image).read_bytes() == its_bytes, "which takes connections, and a segment"
+                assert node.cli("status").returncode == 0
+                assert (listed(node), path.stat().st_size) == ({"file"}, 1)
+            assert poll_until(lambda: errno_of(lambda: path.open("rb")) is None, 10)
 
 
 # ── Room ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -722,6 +770,36 @@ def test_on_a_full_disk_the_writer_hears_of_it_and_nothing_is_lost(tmp_path: Pat
 
 def named(node: Node, image: str) -> bool:
     return "named by an instance disk" in node.cli("image", image, "--json").stdout
+
+
+def test_what_nova_removes_is_kept_for_a_disk_that_nobody_saw_yet(origin: ScriptedOrigin) -> None:
+    """One that came with a migration, between two looks: its base was not opened here."""
+    with a_node(origin.url, leases={"interval": 86400, "touch_grace": 0}) as node:
+        for image in (A, B):
+            assert base(node, image).read_bytes() in (BYTES, BYTES[::-1])
+        node.wait_for_status(lambda now: now["instances"]["looks"] > 1)
+        make_disk(node.folder / "instances" / "1" / "disk", base(node, A))
+        os.unlink(base(node, A))
+        node.wait_for_log("kept: image")
+        os.unlink(base(node, B))
+        assert poll_until(lambda: cached(node, B) == 0, 20)
+        assert (named(node, A), cached(node, A)) == (True, SIZE)
+
+
+def test_a_disk_that_names_a_base_by_a_link_to_novas_folder_leases_the_image(origin: ScriptedOrigin) -> None:
+    """Where instances lie on another disk, and `/var/lib/nova/instances` is a link to it."""
+    with a_node(origin.url, leases={"interval": 1}) as node:
+        real, instances = node.folder / "disk" / "instances", node.folder / "instances"
+        (real / "_base").mkdir(parents=True)
+        instances.symlink_to(real)
+        bound = instances / "_base"
+        subprocess.run(["mount", "--bind", node.mountpoint / "nova", bound], check=True)
+        try:
+            assert (bound / sha1(A)).read_bytes() == BYTES
+            make_disk(instances / "1" / "disk", bound / sha1(A))
+            assert poll_until(lambda: named(node, A), 30), node.log
+        finally:
+            subprocess.run(["umount", bound], check=True)
 
 
 def test_a_disk_that_names_a_base_by_novas_path_leases_the_image(origin: ScriptedOrigin) -> None:

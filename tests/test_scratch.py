@@ -98,16 +98,71 @@ def test_there_is_an_end_to_how_many(store: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_one_that_has_the_inode_of_another_is_told_from_it(store: Path) -> None:
+    """Filesystems give the inode of what is gone to what is made next; the kernel may still ask for the other."""
+
     async def work(scratch: Scratch) -> None:
-        seen = set()
+        before: list[int] = []
+        inodes = set()
         for _ in range(20):
             file, attributes = await scratch.create(b"one", NOVA, os.O_RDWR)
-            seen.add((attributes.number, attributes.generation))
+            assert attributes.number == file.number
             assert await scratch.attributes(file.number) == attributes
+            for number in before:
+                assert await code_of(scratch.open(number, os.O_RDONLY)) == errno.ESTALE
+                assert await code_of(scratch.attributes(number)) == errno.ESTALE
+                assert await code_of(scratch.change(number, Changes(size=0))) == errno.ESTALE
+            inodes.add((store / "nova" / "one").stat().st_ino)
+            before.append(file.number)
             await scratch.release(file)
             await scratch.unlink(b"one")
-            assert await code_of(scratch.attributes(file.number)) == errno.ENOENT
-        assert len(seen) == 20
+            assert await code_of(scratch.attributes(file.number)) == errno.ESTALE
+        assert len(set(before)) == 20 > len(inodes), "else nothing was tried"
+
+    on(store, work)
+
+
+async def made(scratch: Scratch, name: bytes) -> int:
+    """A file that has its name in it. Returns its number."""
+    file, _ = await scratch.create(name, NOVA, os.O_RDWR)
+    assert await file.write(0, name) == len(name)
+    await scratch.release(file)
+    return file.number
+
+
+def test_what_somebody_removed_from_the_folder_is_gone_and_can_be_made_again(store: Path) -> None:
+    async def work(scratch: Scratch) -> None:
+        names = [b"opened", b"asked", b"unlinked", b"renamed", b"made"]
+        numbers = {name: await made(scratch, name) for name in names}
+        for name in names:
+            (store / "nova" / name.decode()).unlink()
+        assert await code_of(scratch.open(numbers[b"opened"], os.O_RDONLY)) == errno.ENOENT
+        assert await code_of(scratch.attributes(numbers[b"asked"])) == errno.ENOENT
+        assert await code_of(scratch.unlink(b"unlinked")) == errno.ENOENT
+        assert await code_of(scratch.rename(b"renamed", b"other", may_replace=True)) == errno.ENOENT
+        assert scratch.names() == [(b"made", numbers[b"made"])]
+        for name in names:
+            await made(scratch, name)
+            assert (store / "nova" / name.decode()).read_bytes() == name
+        # One that is open is still a file, without a name.
+        file, _ = await scratch.create(b"kept", NOVA, os.O_RDWR)
+        (store / "nova" / "kept").unlink()
+        assert await file.write(0, b"kept") == 4
+        assert await code_of(scratch.unlink(b"kept")) == errno.ENOENT
+        assert (await scratch.attributes(file.number)).size == 4
+
+    on(store, work)
+
+
+def test_a_name_whose_file_somebody_removed_never_means_another_one(store: Path) -> None:
+    """Filesystems give the inode of what is gone to what is made next."""
+
+    async def work(scratch: Scratch) -> None:
+        for turn in range(20):
+            (store / "nova" / f"{turn - 1}").unlink(missing_ok=True)
+            await made(scratch, b"%d" % turn)
+            assert [name for name, number in scratch.names() if scratch.number_of(b"%d" % turn) == number] == [
+                b"%d" % turn
+            ]
 
     on(store, work)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cachefs.namespace import image_id, is_base_name, size_of
@@ -35,6 +35,13 @@ class BaseNames:
     image_of: Callable[[bytes], str | None]
     kind: ViewKind
     binds: tuple[bytes, ...] = ()
+
+    def below(self, folder: bytes, real: bytes) -> BaseNames:
+        """The same for disks in `folder`, which is `real` where it is a link, or lies behind one: a bind is known
+        by its real place, and disks name it as whoever made them did."""
+        folder, real = normal(folder).rstrip(b"/"), real.rstrip(b"/")
+        spelt = (folder + place[len(real) :] for place in self.binds if place.startswith(real + b"/"))
+        return replace(self, binds=tuple(dict.fromkeys((*self.binds, *spelt))))
 
     def base_of(self, name: bytes) -> Base | None:
         image = self.image_of(name) if is_base_name(name) else None
