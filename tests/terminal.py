@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -19,6 +20,12 @@ from tests.cloud.service import clean_environment
 from tests.node import ROOT
 
 COLUMNS, LINES = 120, 40
+
+
+def _at_a_terminal() -> None:
+    """In the child. What runs in the background of a shell would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Terminal:
@@ -40,7 +47,7 @@ class Terminal:
         self.process = subprocess.Popen(
             list(command),
             stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_at_a_terminal,
             env=clean_environment() | {"TERM": "xterm"} | dict(environment or {}),
         )  # fmt: skip
 

@@ -626,7 +626,7 @@ def shape(value: object) -> object:
 
 ROW_SHAPE: Final = {
     "cached": "int", "disk_format": "str", "held": "bool", "id": "str", "in_use": "bool", "name": "NoneType",
-    "pinned": "bool", "priority": "str", "size": "int", "state": "str", "status": "str",
+    "pinned": "bool", "priority": "str", "same_name": [], "size": "int", "state": "str", "status": "str",
 }  # fmt: skip
 
 
@@ -644,6 +644,7 @@ def test_json(node: Node) -> None:
             images = images["images"]
         assert (status["version"], status["pid"]) == (__version__, node.pid)
         assert status["mountpoint"] == str(node.mountpoint)
+        assert time.time() - 60 < status["images"].pop("listed") <= time.time()
         assert status["images"] == {"known": 3, "open": 1, "glance_trouble": None, **GLANCE_WELL}
         assert status["store"]["path"] == str(node.store)
         assert status["store"]["trouble"] is None

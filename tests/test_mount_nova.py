@@ -213,7 +213,7 @@ def test_a_base_refuses_what_libvirt_tries_as_that_tolerates(path: Path) -> None
     run("head", "-c", "4096", path, as_=AS_QEMU)
 
 
-def test_who_gives_a_tree_to_whom_it_belongs_is_not_refused(path: Path) -> None:
+def test_a_base_that_is_given_to_whom_it_belongs_is_not_refused(path: Path) -> None:
     for one in (path, path.parent):
         is_so = one.stat()
         os.chown(one, is_so.st_uid, is_so.st_gid)

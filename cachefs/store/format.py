@@ -270,9 +270,15 @@ def encode_recipe(key: bytes, recipe: Recipe) -> bytes:
 
 
 def decode_recipe(key: bytes, record: bytes) -> Recipe:
+    """Raises RecordCorrupt; ValueError or struct.error for a sealed record that makes no sense."""
     payload = unseal(Table.SPANS, key, record)
     words = struct.unpack(f"<{len(payload) // 8}Q", payload)
-    return tuple(Entry(_KINDS[w >> 62], (w >> _ENTRY_ID_BITS) & _PAGES_MASK, ChunkId(w & _ID_MASK)) for w in words)
+    try:
+        return tuple(
+            Entry(_KINDS[w >> 62], (w >> _ENTRY_ID_BITS) & _PAGES_MASK, ChunkId(w & _ID_MASK)) for w in words
+        )
+    except KeyError as error:
+        raise ValueError(f"a recipe's entry of kind {error}") from None
 
 
 # ── chunks and digests ────────────────────────────────────────────────────────────────────────────────
