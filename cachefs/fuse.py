@@ -446,7 +446,7 @@ class Filesystem(pyfuse3.Operations):
     async def _create(
         self, parent: int, name: bytes, owner: Owner, flags: int
     ) -> tuple[FileInfo, EntryAttributes]:
-        file, attributes = await self._in_nova(parent).create(name, owner, flags)
+        file, attributes = await self._in_nova(parent).scratch.create(name, owner, flags)
         return self._open_scratch(file), self._describe_scratch(attributes)
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:

@@ -22,7 +22,7 @@ from cachefs.catalog import Catalog, Image
 from cachefs.errors import ImageForbidden, Leased, NoEntry, OriginUnavailable, ReadOnly, ScratchFailed
 from cachefs.guest_disks import GuestDisks
 from cachefs.namespace import Node, ScratchNode, Slot, base_name
-from cachefs.scratch import Attributes, Owner, Scratch, ScratchFile
+from cachefs.scratch import Owner, Scratch
 from cachefs.store.content import Store
 from cachefs.store.format import ViewKind
 
@@ -105,10 +105,6 @@ class NovaFolder:
         is_refused = image.disk is not None and image.disk.refused is not None
         return Slot.RAW if self.kind is ViewKind.RAW or is_refused else Slot.ORIGINAL
 
-    def image_of(self, name: bytes) -> str | None:
-        """The image whose file is read by this name, if it is known. From any thread."""
-        return None if self.scratch.number_of(name) is not None else self._catalog.id_of_base(name)
-
     def used(self, image: str) -> None:
         """Somebody opened or touched it: it is listed again."""
         self._removed.discard(image)
@@ -119,10 +115,6 @@ class NovaFolder:
         return len(self._removed)
 
     # ── changes ──
-
-    async def create(self, name: bytes, owner: Owner, flags: int) -> tuple[ScratchFile, Attributes]:
-        """Raises ScratchFailed."""
-        return await self.scratch.create(name, owner, flags)
 
     async def unlink(self, name: bytes) -> None:
         """Of a scratch file, which is gone then; of an image, which is not. Raises NoEntry, ScratchFailed."""

@@ -273,6 +273,21 @@ def unmount(folder: Path, flags: int = 0) -> None:
         raise OSError(code, os.strerror(code), str(folder))
 
 
+@contextmanager
+def small_ext4(folder: Path, size: int) -> Iterator[Path]:
+    """An ext4 of `size` bytes, mounted on `folder`, which is made; on a loop device over memory."""
+    folder.mkdir()
+    with ExitStack() as stack:
+        memory = os.memfd_create("tests-small-disk")
+        stack.callback(os.close, memory)
+        os.ftruncate(memory, size)
+        file = f"/proc/{os.getpid()}/fd/{memory}"
+        make_ext4(file)
+        mount(stack.enter_context(loop_device(file)), folder)
+        stack.callback(unmount_patiently, folder)
+        yield folder
+
+
 def unmount_patiently(folder: Path, patience_s: float = 5.0) -> None:
     """What was in use a moment ago is waited for; what still is, is detached, and an error."""
     until = time.monotonic() + patience_s

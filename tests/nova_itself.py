@@ -114,7 +114,7 @@ cache("fetched", UNKNOWN)
 saw["fetched at last"] = list(fetched)
 try:
     cache("deactivated", DEACTIVATED)
-except Exception as error:  # noqa: BLE001
+except Exception as error:  # noqa: BLE001  # Which of Nova's it is, the test looks at.
     saw["deactivated"] = f"{type(error).__name__}: {error}"
 
 # The periodic pass, with all of them used.

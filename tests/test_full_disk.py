@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,16 +45,7 @@ GIVES_WAY_S: Final = 60.0
 @pytest.fixture
 def filesystem(tmp_path: Path) -> Iterator[Path]:
     """An ext4 of DISK bytes, on a loop device over memory."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    with ExitStack() as stack:
-        memory = os.memfd_create("tests-full-disk")
-        stack.callback(os.close, memory)
-        os.ftruncate(memory, DISK)
-        file = f"/proc/{os.getpid()}/fd/{memory}"
-        disks.make_ext4(file)
-        disks.mount(stack.enter_context(disks.loop_device(file)), mounted)
-        stack.callback(disks.unmount_patiently, mounted)
+    with disks.small_ext4(tmp_path / "disk", DISK) as mounted:
         yield mounted
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any, Final
@@ -218,7 +219,7 @@ def test_a_base_that_is_given_to_whom_it_belongs_is_not_refused(path: Path) -> N
         is_so = one.stat()
         os.chown(one, is_so.st_uid, is_so.st_gid)
         os.chmod(one, stat.S_IMODE(is_so.st_mode))
-        assert errno_of(lambda one=one: os.chmod(one, 0o700)) == errno.EROFS  # type: ignore[misc]
+        assert errno_of(partial(os.chmod, one, 0o700)) == errno.EROFS
         now = one.stat()
         assert (now.st_mode, now.st_uid, now.st_gid, now.st_mtime) == (
             is_so.st_mode, is_so.st_uid, is_so.st_gid, is_so.st_mtime,
@@ -534,7 +535,7 @@ def test_it_is_an_ordinary_file(node: Node) -> None:
             assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o640
             assert os.pread(file.fileno(), 9, 0) == b"go"
         assert not path.exists()
-        assert errno_of(lambda path=path: path.open("rb")) == errno.ENOENT  # type: ignore[misc]
+        assert errno_of(partial(path.open, "rb")) == errno.ENOENT
     assert seen[0] == seen[1]
 
 
@@ -552,7 +553,7 @@ def test_what_there_is_none_of(node: Node) -> None:
         assert errno_of(attempt) in (errno.EROFS, errno.EPERM, errno.ENOTDIR)
     assert "x" not in listed(node)
     for elsewhere in ("images", "raw", "by-name", "."):
-        assert errno_of(lambda e=elsewhere: os.mknod(node.mountpoint / e / "x")) == errno.EROFS  # type: ignore[misc]
+        assert errno_of(partial(os.mknod, node.mountpoint / elsewhere / "x")) == errno.EROFS
 
 
 def test_others_may_not_write_there(node: Node) -> None:
@@ -583,7 +584,7 @@ def test_names_as_strange_as_they_come(node: Node) -> None:
             assert file.read() == name
         os.unlink(os.path.join(folder, name))
     for name in (b"x" * 256, b"../x", b"a/b"):
-        assert errno_of(lambda n=name: os.open(os.path.join(folder, n), os.O_CREAT)) is not None  # type: ignore[misc]
+        assert errno_of(partial(os.open, os.path.join(folder, name), os.O_CREAT)) is not None
     assert sorted(os.listdir(node.store)) == ["index", "lock", "nova", "segments"]
 
 
@@ -605,9 +606,9 @@ def test_what_somebody_planted_is_not_followed(origin: ScriptedOrigin, tmp_path:
         assert node.status()["nova"]["strangers"] == 4
         assert "4 things that are no plain files" in node.cli("doctor").stdout
         for name in ("link", "fifo", "folder", "hard"):
-            assert errno_of(lambda n=name: (folder / n).open("rb")) == errno.ENOENT  # type: ignore[misc]
-            assert errno_of(lambda n=name: (folder / n).write_bytes(b"x")) == errno.EEXIST  # type: ignore[misc]
-            assert errno_of(lambda n=name: os.rename(folder / "real", folder / n)) == errno.EEXIST  # type: ignore[misc]
+            assert errno_of(partial((folder / name).open, "rb")) == errno.ENOENT
+            assert errno_of(partial((folder / name).write_bytes, b"x")) == errno.EEXIST
+            assert errno_of(partial(os.rename, folder / "real", folder / name)) == errno.EEXIST
         # And in the place of a file that was known.
         os.unlink(inside / "real")
         (inside / "real").symlink_to(secret)
@@ -697,15 +698,7 @@ def a_node_on_a_small_disk(folder: Path, **store: object) -> Iterator[Node]:
     """An ext4 of DISK_SIZE bytes, of which A takes a quarter once it was read."""
     images = [OriginImage(A, "one", 48 * MIB, BIG), OriginImage.of(B, "two", BYTES)]
     with ExitStack() as stack:
-        memory = os.memfd_create("tests-nova-disk")
-        stack.callback(os.close, memory)
-        os.ftruncate(memory, DISK_SIZE)
-        file = f"/proc/{os.getpid()}/fd/{memory}"
-        disks.make_ext4(file)
-        mounted = folder / "disk"
-        mounted.mkdir()
-        disks.mount(stack.enter_context(disks.loop_device(file)), mounted)
-        stack.callback(disks.unmount_patiently, mounted)
+        mounted = stack.enter_context(disks.small_ext4(folder / "disk", DISK_SIZE))
         origin = stack.enter_context(ScriptedOrigin(images))
         settings = {"path": mounted / "store", "max_size": "100%", "commit_interval": 0.1} | store
         node = stack.enter_context(Node(folder, origin.url, store=settings))
