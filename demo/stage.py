@@ -6,15 +6,19 @@ nothing can keep it from ending.
 from __future__ import annotations
 
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
-from collections.abc import Sequence
+import tty
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,7 @@ _READY_MAX_S = 30.0
 _STOP_MAX_S = 20.0
 _POLL_S = 0.1
 _LOG_TAIL_LINES = 8
+_LINES = 24  # Of a terminal, which no command here fills.
 
 LOG, _STDERR = "cachefs.log", "stderr.log"
 
@@ -242,6 +247,34 @@ class Stage:
             )
         return out
 
+    def on_terminal(self, arguments: Sequence[str], columns: int) -> str:
+        """What a command prints on a terminal of so many columns that has no colours."""
+        ours, theirs = pty.openpty()
+        try:
+            tty.setraw(theirs)
+            termios.tcsetwinsize(theirs, (_LINES, columns))
+            with self._signals.held():
+                process = subprocess.Popen(
+                    arguments,
+                    env=self._environment | {"TERM": "xterm", "NO_COLOR": "1"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=theirs,
+                    stderr=theirs,
+                )
+        finally:
+            os.close(theirs)
+        try:
+            out = b"".join(_all_of(ours)).decode(errors="replace")
+            process.wait(_COMMAND_MAX_S)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            os.close(ours)
+        if process.returncode:
+            raise StepFailed(self._terminal.step, f"{arguments[0]} ended with {process.returncode}: {out.strip()}")
+        return out
+
     def cachefs(self, command: str) -> list[str]:
         """A cachefs command about this daemon."""
         return [*cachefs(), command, "--config-file", str(self.configuration)]
@@ -298,6 +331,19 @@ class Stage:
                 [*tool, str(self.mountpoint)],
                 env=self._environment, capture_output=True, timeout=_STOP_MAX_S, check=False,
             )  # fmt: skip
+
+
+def _all_of(terminal: int) -> Iterator[bytes]:
+    """What comes until nobody has the other end any more, or for `_COMMAND_MAX_S`."""
+    deadline_s = time.monotonic() + _COMMAND_MAX_S
+    while select.select([terminal], [], [], max(deadline_s - time.monotonic(), 0))[0]:
+        try:
+            said = os.read(terminal, 65536)
+        except OSError:  # EIO: so the end is told.
+            return
+        if not said:
+            return
+        yield said
 
 
 def cachefs() -> list[str]:

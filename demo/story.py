@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cachefs.words import counted
 from demo import disk
 from demo.stage import LOG, READ_DEADLINE_S, Stage, cachefs
 from demo.terminal import StepFailed, Terminal, as_typed, size
@@ -100,7 +101,8 @@ class Story:
         t.act("Every image is a file from the start")
         t.say("A node starts with nothing but this listing. Sizes are final; no byte has been fetched.")
         with self._cost() as cost:
-            self._run(["ls", "-l", "images", "by-name"])
+            self._run(["ls", "-go", "images"])
+            self._run(["find", "by-name", "-type", "l", "-printf", "%f -> %l\\n"])
         t.fact("fetched from Glance", f"{size(cost.fetched)} of {size(sum(self._sizes.values()))}")
         self._claim(cost.fetched == 0, "a listing fetched bytes")
 
@@ -112,9 +114,10 @@ class Story:
             self._read_files()
         t.line()
         share = 100 * cost.fetched / disk.DISK_BYTES
+        requests = counted(cost.requests, "request")
         t.fact(
             "fetched from Glance",
-            f"{size(cost.fetched)} of {size(disk.DISK_BYTES)} ({share:.1f} %) in {cost.requests} requests",
+            f"{size(cost.fetched)} of {size(disk.DISK_BYTES)} ({share:.1f} %) in {requests}",
         )
         t.fact("took", f"{cost.seconds:.2f} s")
         self._claim(0 < cost.fetched < disk.DISK_BYTES // 4, "the read fetched nothing, or too much")
@@ -127,7 +130,9 @@ class Story:
         with self._cost() as cost:
             self._read_files()
         t.line()
-        t.fact("fetched from Glance", f"{size(cost.fetched)}; {cost.hits} reads answered from the store")
+        t.fact(
+            "fetched from Glance", f"{size(cost.fetched)}; {counted(cost.hits, 'read')} answered from the store"
+        )
         t.fact("took", f"{cost.seconds:.2f} s")
         self._claim(cost.fetched == 0, "what was read before was fetched again")
 
@@ -189,7 +194,7 @@ class Story:
         t.act("What the daemon says")
         for command in ("status", "images"):
             t.command(["cachefs", command])
-            t.output(self._cachefs(command))
+            t.output(self._stage.on_terminal(self._stage.cachefs(command), t.room))
         t.line()
         t.say("For Prometheus:")
         ask = ["curl", "-s", self._stage.metrics]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from cachefs.words import size
+from cachefs.words import counted, size
 
 _WIDTH_MAX, _WIDTH_MIN = 100, 60
 _INDENT = "    "
@@ -43,6 +43,11 @@ class Terminal:
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError):
                 stream.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
+
+    @property
+    def room(self) -> int:
+        """Columns of what commands print."""
+        return self._width - len(_INDENT)
 
     def paint(self, text: str, *codes: str) -> str:
         return f"\033[{';'.join(codes)}m{text}\033[0m" if self._coloured and text else text
@@ -83,7 +88,7 @@ class Terminal:
         for line in lines[:lines_max]:
             self.line((_INDENT + line).rstrip())
         if len(lines) > lines_max:
-            self.line(self.paint(f"{_INDENT}({len(lines) - lines_max} lines more)", DIM))
+            self.line(self.paint(f"{_INDENT}({counted(len(lines) - lines_max, 'line')} more)", DIM))
 
     def fact(self, label: str, text: str) -> None:
         """What it comes down to."""
@@ -106,7 +111,8 @@ class Terminal:
         room = self._width - 8 - _RESULT - 1
         words = textwrap.wrap(", ".join(found), room, break_on_hyphens=False, break_long_words=False)
         first, *rest = words or [""]
-        text = f"   {step + ':':24} {first}"
+        # In a pipe its name stands in the line before.
+        text = f"   {step + ':' if self._moves else '':24} {first}"
         self.line(("\r\033[K" if self._moves else "") + text.ljust(self._width - 8) + self.paint(took, DIM))
         for line in rest:
             self.line(" " * _RESULT + line)

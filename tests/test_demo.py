@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.cloud, pytest.mark.mount]
 ROOT: Final = Path(__file__).parent.parent
 WHOLE_MAX_S: Final = 300.0
 END_MAX_S: Final = 60.0
+COLUMNS: Final = 100
+RESULT_AT: Final = 28
 
 
 @contextmanager
@@ -66,15 +68,19 @@ def test_it_comes_to_its_end_and_leaves_nothing(tmp_path: Path) -> None:
     lines = out.splitlines()
     for step in ("a disk", "its next build", "a real Glance", "uploaded to it", "cachefs mounted"):
         begun = lines.index(f"   {step} ...")
-        assert lines[begun + 1].startswith(f"   {step}:") or step == "uploaded to it", (
-            "it is said before it is done"
-        )
+        told = next(at for at, line in enumerate(lines) if at > begun and line.startswith(" " * RESULT_AT))
+        between = [line.split()[0] for line in lines[begun + 1 : told]]
+        assert set(between) <= {"upload", "build"}, "it is said before it is done, and what came of it after that"
+        assert sum(line.strip().startswith(step) for line in lines[: told + 1]) == 1, "each step is named once"
+    tables = [line for line in lines if line.startswith("    ") and ("complete" in line or "verified" in line)]
+    assert len([line for line in tables if "demo-linux-1." in line]) == 3
+    assert max(map(len, tables)) <= COLUMNS
     assert sum(line.startswith("   upload of ") for line in lines) == 3
 
 
 @pytest.mark.parametrize(
     ("line", "number"),
-    [("a disk:", signal.SIGTERM), ("cachefs mounted:", signal.SIGINT)],
+    [("a disk ...", signal.SIGTERM), ("with an empty store", signal.SIGINT)],
     ids=["before there is a Glance", "while it is mounted"],
 )
 def test_ended_in_the_middle_it_leaves_nothing(tmp_path: Path, line: str, number: signal.Signals) -> None:
