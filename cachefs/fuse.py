@@ -355,7 +355,8 @@ class Filesystem(pyfuse3.Operations):
     def _describe_file(self, entry: EntryAttributes, image: Image, size: int, stored: StoredView | None) -> None:
         self._describe(entry, image, stat.S_IFREG | self._config.file_mode, size)
         entry.st_blksize = 65536
-        entry.st_blocks = 0 if stored is None else -(-stored.cached // 512)
+        # Not 0: `tar -S` takes a file without blocks for one hole, and does not read it.
+        entry.st_blocks = max(0 if stored is None else -(-stored.cached // 512), min(size, 1))
         entry.attr_timeout = ATTR_TIMEOUT_FILE_S
         if stored is None or not stored.complete:
             entry.attr_timeout = ATTR_TIMEOUT_PARTIAL_S
