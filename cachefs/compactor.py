@@ -13,6 +13,7 @@ from cachefs.leisure import Guests
 from cachefs.plan import compaction
 from cachefs.store.content import Store
 from cachefs.store.format import ChunkId, SegmentNo
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -55,7 +56,8 @@ class Compactor:
         moved = await self._move(chunks, sources)
         removed = await self._store.remove_lifeless()
         self.removed_segments += removed
-        log.info("compacted %d segments: %d MiB moved, %d removed", len(sources), moved >> 20, removed)
+        segments = counted(len(sources), "segment")
+        log.info("compacted %s: %d MiB moved, %d removed", segments, moved >> 20, removed)
         return removed
 
     async def _move(self, chunks: list[ChunkId], sources: frozenset[SegmentNo]) -> int:

@@ -31,6 +31,7 @@ from cachefs.stacks import log_stacks
 from cachefs.status import Status
 from cachefs.store.content import Store
 from cachefs.store.health import PATIENCE, Health, Patience, State
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -189,10 +190,8 @@ async def _report(mount: Mount, store: Store, status: Status) -> None:
         await trio.sleep(STATUS_INTERVAL_S)
         now = await status.status({})
         glance = "" if now["images"]["glance_reached"] else ", Glance not reached yet"
-        notify(
-            STATUS=f"{now['images']['open']} images open, {now['reads']['waiting']} reads waiting, "
-            f"{now['store']['bytes_cached'] >> 20} MiB cached{glance}"
-        )
+        opened, waiting = counted(now["images"]["open"], "image"), counted(now["reads"]["waiting"], "read")
+        notify(STATUS=f"{opened} open, {waiting} waiting, {now['store']['bytes_cached'] >> 20} MiB cached{glance}")
 
 
 async def _feed_watchdog() -> None:

@@ -159,9 +159,14 @@ class AmbiguousImage(NamespaceError):
 
 
 class ReadOnly(NamespaceError):
-    """Any change outside `nova/`."""
+    """Any change outside `nova/`, and in it of an image: the one that somebody opened for writing is `image`."""
 
     errno = errno.EROFS
+
+    def __init__(self, what: object, image: str | None = None) -> None:
+        super().__init__(what)
+        self.args = what, image
+        self.image = image
 
     def __str__(self) -> str:
         return f"cannot be changed: {self.what}"
@@ -254,8 +259,12 @@ class Leased(StoreError):
         super().__init__(image, reasons)
         self.image, self.reasons = image, reasons
 
+    @property
+    def why(self) -> str:
+        return ", ".join(self.reasons)
+
     def __str__(self) -> str:
-        return f"image {self.image} is not evicted: {', '.join(self.reasons)}"
+        return f"image {self.image} is not evicted: {self.why}"
 
 
 class PinRefused(StoreError):

@@ -28,6 +28,7 @@ from cachefs.plan import eviction
 from cachefs.plan.eviction import Priority, Standing, Victim, ViewUse
 from cachefs.store.format import SpanNo, ViewKind, ViewNo
 from cachefs.uses import Uses
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -235,7 +236,9 @@ class Evictor:
         leased = {v.record.image for v in self._store.views() if v.cached and self._leases.is_leased(v)}
         pinned = len(leased.intersection(self._leases.pinned))
         if leased:
-            stuck = f"everything that is cached is leased ({len(leased)} images, {pinned} of them pinned)"
+            stuck = (
+                f"everything that is cached is leased ({counted(len(leased), 'image')}, {pinned} of them pinned)"
+            )
         else:
             stuck = "nothing that is cached is left to evict"
         if self.stuck is None:
@@ -422,7 +425,7 @@ class Evictor:
                 raise Leased(image, ("instance disks are still being looked at",))
             self._refuse_leased(image)
         except Leased as error:
-            log.info("kept: %s", error, image=image)
+            log.info("kept: %s", error.why, image=image)
             raise
 
     def _views_of(self, image: str) -> list[EvictableView]:

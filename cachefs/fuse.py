@@ -180,9 +180,9 @@ class Filesystem(pyfuse3.Operations):
         node = node_of(inode)
         if isinstance(node, ScratchNode):
             return self._open_scratch(await self._in_nova(Folder.NOVA).scratch.open(node.number, flags))
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise FUSEError(errno.EROFS)
         image_id, size = self.sizes.meant(node.view) if isinstance(node, Overlay) else (self._image(inode).id, 0)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise ReadOnly("its file was opened for writing, and an image is never written to", image_id)
         image = await self._catalog.openable(image_id)
         if image.condemned is not None:
             raise ImageCondemned(image.id, image.condemned)
@@ -691,7 +691,9 @@ async def _answer(work: Callable[[*Args], Awaitable[Answer]], *args: *Args) -> A
     except CachefsError as error:
         # They come as often as somebody tries. What an image is refused for was said when that was found.
         level = logging.INFO if isinstance(error, NotPermitted) else logging.WARNING
-        level = logging.DEBUG if isinstance(error, ImageRefused | ReadOnly) else level
+        if isinstance(error, ReadOnly):
+            level = logging.DEBUG if error.image is None else logging.INFO
+        level = logging.DEBUG if isinstance(error, ImageRefused) else level
         repeats.log(level, type(error), "%s", error, image=error.image)
         raise FUSEError(error.errno) from None
     except Exception:  # One net, and only here: a bug must not take the mount down with it.

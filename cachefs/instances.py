@@ -30,6 +30,7 @@ from cachefs.instance_walk import Walker, shown
 from cachefs.leases import Leases, NamedBy
 from cachefs.plan.instances import Base, Walk, standing
 from cachefs.store.format import DiskEntry, ViewKind
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -277,11 +278,12 @@ class Instances:
                 level = logging.WARNING if self._leases.named else logging.INFO
                 log.log(level, "instance disks in %s: %s. What they stood on stays leased", name, now.trouble)
             else:
-                log.info("instance disks in %s: %d files, %d on this mount", name, now.looked_at, now.found)
+                files = counted(now.looked_at, "file")
+                log.info("instance disks in %s: %s, %d on this mount", name, files, now.found)
         if now.unread and not before.unread:
             log.warning(
-                "instance disks in %s: %d files or folders cannot be read (%s). What they stand on is not known",
-                name, now.unread, now.first_error,
+                "instance disks in %s: %s cannot be read (%s). What they stand on is not known",
+                name, counted(now.unread, "file or folder", "files or folders"), now.first_error,
             )  # fmt: skip
 
     # ── what a look comes to ──

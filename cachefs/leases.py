@@ -42,6 +42,7 @@ from cachefs.store.format import (
     ViewRecord,
 )
 from cachefs.touches import File, Touches
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -60,7 +61,7 @@ class Reason(StrEnum):
     PIN = "pinned"
     TOUCH = "leased by a touch"
     DISK = "named by an instance disk"
-    CLOSED = "just closed"
+    CLOSED = "closed since the last look at instance disks"
     POLICY = "pinned by a policy"
 
 
@@ -90,7 +91,8 @@ class Lease:
         return self.until_s is None or now_s < self.until_s
 
     def __str__(self) -> str:
-        return f"it is {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        verb = "was" if self.reason is Reason.CLOSED else "is"
+        return f"it {verb} {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass(frozen=True)
@@ -245,10 +247,9 @@ class Leases:
     def _of_handles(self, view: ViewNo) -> list[Lease]:
         handles = self._handles[view]
         if handles:
-            count = "1 handle" if handles == 1 else f"{handles} handles"
-            return [Lease(Reason.OPEN, self._opened_s[view], detail=count)]
+            return [Lease(Reason.OPEN, self._opened_s[view], detail=counted(handles, "handle"))]
         if view in self._closed:
-            return [Lease(Reason.CLOSED, self._clock(), detail="instance disks are to be looked at first")]
+            return [Lease(Reason.CLOSED, self._clock(), detail="the next may find one that needs it")]
         return []
 
     def of_image(self, image: str) -> list[Lease]:

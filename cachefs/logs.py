@@ -103,6 +103,8 @@ class Repeats:
         if not self._log.isEnabledFor(level):
             return
         text = msg % args if args else msg  # Not kept as they are: an error holds all that its traceback names.
+        if image is not None:  # It stands in front of the line: what an error says of itself names it once more.
+            text = text.removeprefix(f"image {image} ").replace(f"image {image}: ", "", 1)
         now_s = self._clock()
         with self._lock:
             key = self._key(kind, image, now_s)

@@ -89,7 +89,7 @@ class NovaFolder:
         known = (self._catalog.known(image) for image in used.union(self.open_images()) - self._removed)
         images = sorted((image for image in known if image is not None), key=lambda image: image.number)
         return files + [
-            (base_name(image.id), Node(self._slot_of(image), image.number))
+            (base_name(image.id), Node(self.slot_of(image), image.number))
             for image in images
             if self.scratch.number_of(base_name(image.id)) is None
         ]
@@ -101,7 +101,8 @@ class NovaFolder:
             return ScratchNode(number)
         return None if isinstance(listed, ScratchNode) else listed
 
-    def _slot_of(self, image: Image) -> Slot:
+    def slot_of(self, image: Image) -> Slot:
+        """Which file of it its name means."""
         is_refused = image.disk is not None and image.disk.refused is not None
         return Slot.RAW if self.kind is ViewKind.RAW or is_refused else Slot.ORIGINAL
 
@@ -128,7 +129,7 @@ class NovaFolder:
         try:
             self.evict(image)
         except Leased as error:
-            log.info("removed from nova/, and kept: %s", error, image=image)
+            log.info("removed from nova/, and kept: %s", error.why, image=image)
         else:
             log.info("removed from nova/: what is cached of it is dropped, unless a disk names it", image=image)
 

@@ -171,7 +171,9 @@ class Precache:
     def why(self, image: str) -> str | None:
         """How firmly, by which policies and why, in words; None where it is not held."""
         hold = self.held.get(image)
-        return f"{hold.keep} by {', '.join(hold.policies)}: {hold.reason}" if hold is not None else None
+        if hold is None:
+            return None
+        return f"{_PAST[hold.keep]} by {', '.join(hold.policies)}: {hold.reason}"
 
     def is_only_held(self, image: str) -> bool:
         """Whether nothing but policies wants it: it comes after whatever is in use."""

@@ -48,6 +48,7 @@ from cachefs.store.format import (
 from cachefs.store.index import Index
 from cachefs.store.scrub import BadSpan, ChunkScan, OpenFile, Step, Suspect
 from cachefs.store.view import StoredView
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -347,10 +348,12 @@ class Scrubber:
         }  # fmt: skip
         log.log(
             (logging.INFO, logging.WARNING, logging.ERROR)[status],
-            "scrub: %d MiB verified in %.0f s; %d chunks rotten, %d spans to be fetched again, "
+            "scrub: %d MiB verified in %.0f s; %s rotten, %s to be fetched again, "
             "%d when Glance is back, %d lost; %s; %d MiB given back",
-            record.verified_bytes >> 20, took_s, record.rotten, record.healed, run.waiting, record.lost,
-            f"{faults} faults of the index: {REPAIR}" if faults else "the index is sound", run.given_back >> 20,
+            record.verified_bytes >> 20, took_s, counted(record.rotten, "chunk"), counted(record.healed, "span"),
+            run.waiting, record.lost,
+            f"{counted(faults, 'fault')} of the index: {REPAIR}" if faults else "the index is sound",
+            run.given_back >> 20,
         )  # fmt: skip
 
     # ── its parts ──
@@ -404,7 +407,7 @@ class Scrubber:
 
     async def _quarantine(self, run: Run, scan: ChunkScan, suspects: list[Suspect]) -> None:
         for (segment, what), count in Counter((s.piece.segment, s.what) for s in suspects).items():
-            log.error("a scrub found %d chunks in segment %d: %s", count, segment, what)
+            log.error("a scrub found %s in segment %d: %s", counted(count, "chunk"), segment, what)
         for tried in range(QUARANTINE_TRIES):
             if tried > 1:
                 await trio.sleep(AWAY_S)  # The writer was busy with a failure of its own.
@@ -423,7 +426,8 @@ class Scrubber:
             if not suspects:
                 return
         run.unsettled += len(suspects)
-        log.error("%d chunks are rotten and could not be quarantined: the next scrub finds them", len(suspects))
+        chunks = counted(len(suspects), "rotten chunk")
+        log.error("%s could not be quarantined: the next scrub finds what is left", chunks)
 
     async def _compare_recipes(self, run: Run) -> None:
         await self._store.flush()

@@ -41,6 +41,7 @@ from cachefs.store.view import StoredView
 from cachefs.uses import Uses
 from cachefs.views import View
 from cachefs.views.recording import RecordingFile
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -362,7 +363,10 @@ class Traces:
         self._uses.set_boot(view.number, made.spans)
         self.recorded += 1
         blocks, runs = made.known.blocks, made.known.runs
-        log.info("boot trace: %d blocks of 64 KiB in %d runs", blocks, runs, image=view.record.image)
+        log.info(
+            "boot trace: %s of 64 KiB in %s", counted(blocks, "block"), counted(runs, "run"),
+            image=view.record.image,
+        )  # fmt: skip
 
     def save(self) -> None:
         """Ends all recordings: at the end, before uses are saved and the writer stops."""

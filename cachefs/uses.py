@@ -29,6 +29,7 @@ from cachefs.errors import RecordCorrupt
 from cachefs.plan.eviction import Group
 from cachefs.store import format as f
 from cachefs.store.format import USES_SPANS, SpanNo, Table, UseFlag, UsesRecord, ViewNo
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -281,7 +282,8 @@ class Uses:
         """Takes up what was saved; what was learnt since the start stands."""
         unreadable, loaded = await trio.to_thread.run_sync(self._load, self._now_s())
         if unreadable:
-            log.warning("%d records of uses cannot be read: their spans count as used now", unreadable)
+            records = counted(unreadable, "record")
+            log.warning("%s of uses cannot be read: what they are of counts as used now", records)
         for at, (view, _, group) in enumerate(loaded):
             for i, was in enumerate(zip(group.last_s, group.flags, strict=True)):
                 if was != (0, 0):

@@ -11,6 +11,8 @@ _OBEYED = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\u
 _IN_LINES = re.compile(_OBEYED)
 _IN_COLOURED_LINES = re.compile(r"(?!\x1b\[[0-9;]*m)" + _OBEYED)
 
+_HASH = re.compile(r"(?<!\S)[0-9a-f]{56,}(?!\S)")
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -28,9 +30,9 @@ def rate(bytes_per_s: float) -> str:
     return f"{size(bytes_per_s)}/s"
 
 
-def counted(n: int, what: str) -> str:
-    """1 → "1 image", 2 → "2 images"."""
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+def counted(n: int, what: str, many: str | None = None) -> str:
+    """1 → "1 image", 2 → "2 images"; `many` where that is no "s" at the end."""
+    return f"{n} {what}" if n == 1 else f"{n} {many or what + 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -105,6 +107,17 @@ def folded(text: str, columns: int) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def in_pieces(text: str, columns: int) -> str:
+    """Hashes that are longer than a line, in pieces of one length with spaces between them."""
+
+    def taken_apart(found: re.Match[str]) -> str:
+        digits = found[0]
+        length = -(-len(digits) // -(-len(digits) // columns))
+        return " ".join(digits[at : at + length] for at in range(0, len(digits), length))
+
+    return _HASH.sub(taken_apart, text)
 
 
 def padded(text: str, columns: int, *, right: bool = False) -> str:

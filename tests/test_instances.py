@@ -563,7 +563,9 @@ async def test_what_was_closed_stays_until_disks_were_looked_at(nova: Path) -> N
             daemon.leases.released(opened.number)
         assert daemon.leases.is_leased(view)
         assert [lease.reason for lease in daemon.leases.of(other)] == [Reason.CLOSED]
-        assert str(daemon.leases.of(other)[0]) == "it is just closed (instance disks are to be looked at first)"
+        assert str(daemon.leases.of(other)[0]) == (
+            "it was closed since the last look at instance disks (the next may find one that needs it)"
+        )
         await trio.sleep(10)
         assert [lease.reason for lease in daemon.leases.of(view)] == [Reason.DISK]
         assert not daemon.leases.is_leased(other)

@@ -21,6 +21,7 @@ from typing import Final
 import pytest
 
 from cachefs import logs
+from cachefs.errors import NotPermitted, OriginUnavailable
 from cachefs.logs import KINDS_MAX, Repeats
 
 ROOT: Final = Path(__file__).parent.parent
@@ -192,6 +193,22 @@ def test_a_failure_that_goes_on_is_one_line_a_minute(
     assert {line for line, _ in said(caplog)[1:]} == {
         "failed (59 more times in 60 s)", "failed (60 more times in 60 s)",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NotPermitted(IMAGE, "is deactivated"), "is deactivated"),
+        (OriginUnavailable(IMAGE, "no connection"), "OriginUnavailable: no connection"),
+        (OriginUnavailable("other", "no connection"), "OriginUnavailable: image other: no connection"),
+    ],
+    ids=["ours", "the origin's", "of another"],
+)
+def test_a_failure_that_names_its_image_names_it_once(
+    caplog: pytest.LogCaptureFixture, error: Exception, said: str
+) -> None:
+    Repeats(logs.get("cachefs.somewhere")).warning("kind", "%s", error, image=IMAGE)
+    assert [(record.getMessage(), getattr(record, "image", None)) for record in caplog.records] == [(said, IMAGE)]
 
 
 def test_other_images_and_other_kinds_are_other_failures(

@@ -300,9 +300,21 @@ def test_what_a_policy_holds_stays_though_nova_removes_it(origin: ScriptedOrigin
         assert listed(node) == {sha1(A)}
         os.remove(base(node, A))
         node.wait_for_log("removed from nova/, and kept")
-        assert "held by static" in node.log
+        line = next(line for line in node.log.splitlines() if "removed from nova/" in line)
+        assert line.count(A) == 1, "the image is named once"
+        assert line.endswith("removed from nova/, and kept: it is held by static: listed")
         assert listed(node) == set()
         assert cached(node, A) == SIZE
+
+
+def test_that_an_image_cannot_be_written_is_in_the_log_once(origin: ScriptedOrigin) -> None:
+    with a_node(origin.url) as node:
+        for how in ("r+b", "wb", "ab"):
+            assert errno_of(lambda how=how: base(node, A).open(how)) == errno.EROFS  # type: ignore[misc]
+        node.wait_for_log("opened for writing")
+        said = [line for line in node.log.splitlines() if "opened for writing" in line]
+        assert [f"[image {A}]" in line for line in said] == [True]
+        assert base(node, A).read_bytes() == BYTES
 
 
 def test_many_unknown_names_cost_one_listing(origin: ScriptedOrigin) -> None:
@@ -773,7 +785,7 @@ def test_what_nova_removes_is_kept_for_a_disk_that_nobody_saw_yet(origin: Script
         node.wait_for_status(lambda now: now["instances"]["looks"] > 1)
         make_disk(node.folder / "instances" / "1" / "disk", base(node, A))
         os.unlink(base(node, A))
-        node.wait_for_log("kept: image")
+        node.wait_for_log("kept: it is named by an instance disk")
         os.unlink(base(node, B))
         assert poll_until(lambda: cached(node, B) == 0, 20)
         assert (named(node, A), cached(node, A)) == (True, SIZE)

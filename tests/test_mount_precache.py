@@ -95,7 +95,7 @@ def test_what_policies_want_is_explained_then_held_and_outlives_a_restart(glance
         assert evicted(node, pinned) is not None, "it is not people's to take away"
         shown = one(node, pinned)
         assert (shown["priority"], shown["priority_because"]) == ("critical", "property cachefs_priority")
-        assert shown["held_because"] == "hold and pin by property: property cachefs_precache=pin"
+        assert shown["held_because"] == "held and pinned by property: property cachefs_precache=pin"
         assert shown["opens"] > 0.9
         assert one(node, held)["properties"] == {"cachefs_precache": "true", "os_distro": "ubuntu"}
         assert os.getxattr(node.path(pinned), "user.cachefs.priority") == b"critical"

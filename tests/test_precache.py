@@ -459,7 +459,7 @@ def test_what_is_held_outlives_a_restart_without_glance(tmp_path: Path) -> None:
             w.registry.fails = None
             await w.once()
             assert w.held == {A: PIN, B: HOLD}
-            assert w.precache.why(A) == "hold and pin by p: p says so"
+            assert w.precache.why(A) == "held and pinned by p: p says so"
 
     @virtual_time
     async def without() -> None:

@@ -42,6 +42,7 @@ from cachefs.errors import (
     TokenRefused,
 )
 from cachefs.sources.circuit import Circuit, Width
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -174,7 +175,8 @@ class Endpoints:
         if failure is None:
             circuit = self._endpoints[0].circuit
             failure = OriginAway(
-                subject, f"no endpoint is asked now, after {circuit.failures} failures: {circuit.last_error}"
+                subject,
+                f"no endpoint is asked now, after {counted(circuit.failures, 'failure')}: {circuit.last_error}",
             )
         raise failure
 
@@ -183,7 +185,8 @@ class Endpoints:
         if not circuit.may_ask:
             kind = OriginUnauthorized if self._refused else OriginAway
             raise kind(
-                subject, f"no token is asked for now, after {circuit.failures} failures: {circuit.last_error}"
+                subject,
+                f"no token is asked for now, after {counted(circuit.failures, 'failure')}: {circuit.last_error}",
             )
 
     # ── what it came to ──
@@ -197,7 +200,8 @@ class Endpoints:
         self._reached()
         trouble = self._troubles.pop(subject, None)
         if trouble is not None:
-            log.info("can be had again, after %d failures", trouble.failures, image=_image(subject))
+            failures = counted(trouble.failures, "failure")
+            log.info("can be had again, after %s", failures, image=_image(subject))
         if self._width.answered(self._clock()):
             self.on_width(self._width.now)
 
@@ -240,8 +244,8 @@ class Endpoints:
         circuit = endpoint.circuit
         pause_s = circuit.probe_at_s - self._clock()
         log.warning(
-            "%s: left alone after %d failures, to be asked again in %.1f s: %s",
-            endpoint.name, circuit.failures, pause_s, circuit.last_error,
+            "%s: left alone after %s, to be asked again in %.1f s: %s",
+            endpoint.name, counted(circuit.failures, "failure"), pause_s, circuit.last_error,
         )  # fmt: skip
         self._look_who_serves()
 
@@ -256,7 +260,7 @@ class Endpoints:
     def _identity_is_well(self, ticket: int) -> None:
         circuit = self._identity.circuit
         if circuit.failures and circuit.may_ask and ticket == circuit.ticket:
-            log.info("identity: well again after %d failures", circuit.failures)
+            log.info("identity: well again after %s", counted(circuit.failures, "failure"))
         circuit.succeeded(ticket)
 
     def _note_trouble(self, subject: str, error: OriginError) -> None:
@@ -352,7 +356,8 @@ class Endpoints:
             circuit.probe_failed(now_s, _said(error), REFUSED_PAUSE_S if self._refused else 0.0)
         elif error is None or isinstance(error, TokenRefused) or blame(error) not in _TELL_NOTHING:
             circuit.probe_succeeded()
-            log.info("%s: well again after %.1f s and %d failures", endpoint.name, now_s - since_s, failures)
+            many = counted(failures, "failure")
+            log.info("%s: well again after %.1f s and %s", endpoint.name, now_s - since_s, many)
             if is_identity:
                 self._begin_anew(0.0)
             elif error is None:

@@ -60,6 +60,7 @@ from cachefs.store.survey import (
     decode_uses,
     decode_view,
 )
+from cachefs.words import counted
 
 READ_BYTES = 8 << 20
 # A store that lost a segment names some 16,000 chunks of it; nobody reads more than this.
@@ -405,7 +406,8 @@ class _Check:
         for row, (refs, named) in enumerate(zip(chunks.refs, chunks.named, strict=True)):
             if refs != named or not refs:
                 self._report.damage(
-                    f"counts {refs} references, and recipes name it {named} times", f"chunk {chunks.ids[row]}"
+                    f"counts {counted(refs, 'reference')}, and recipes name it {counted(named, 'time')}",
+                    f"chunk {chunks.ids[row]}",
                 )
 
     # ── digests ──

@@ -52,6 +52,7 @@ from cachefs.store.survey import (
     decode_uses,
     decode_view,
 )
+from cachefs.words import counted
 
 log = logs.get(__name__)
 
@@ -89,21 +90,21 @@ class Repaired:
         if self.aside:
             return f"index and segments set aside in {self.aside}"
         said = [
-            f"{n} {what}"
-            for n, what in (
-                (self.records_changed, "records changed"),
-                (self.records_dropped, "dropped"),
-                (self.spans_changed, "spans changed"),
-                (self.bytes_absent, "bytes absent now"),
-                (self.chunks_dropped, "chunks dropped"),
-                (self.counts_changed, "counts of references corrected"),
-                (self.digests_changed, "digests corrected"),
-                (self.views_changed, "views corrected"),
-                (self.segments_changed, "segments corrected"),
-                (self.segments_removed, "dead segments removed"),
-                (self.strays_removed, "stray segments removed"),
-                (self.bytes_cut, "bytes cut off"),
-                (self.bytes_punched, "bytes punched"),
+            f"{counted(n, what)} {done}"
+            for n, what, done in (
+                (self.records_changed, "record", "changed"),
+                (self.records_dropped, "record", "dropped"),
+                (self.spans_changed, "span", "changed"),
+                (self.bytes_absent, "byte", "absent now"),
+                (self.chunks_dropped, "chunk", "dropped"),
+                (self.counts_changed, "count", "of references corrected"),
+                (self.digests_changed, "digest", "corrected"),
+                (self.views_changed, "view", "corrected"),
+                (self.segments_changed, "segment", "corrected"),
+                (self.segments_removed, "dead segment", "removed"),
+                (self.strays_removed, "stray segment", "removed"),
+                (self.bytes_cut, "byte", "cut off"),
+                (self.bytes_punched, "byte", "punched"),
             )
             if n
         ]
