@@ -37,7 +37,11 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
             f"{store['path']}: {size(store['bytes_cached'])} of images in {size(store['bytes_on_disk'])} "
             f"of {size(store['bytes_limit'])}",
         ),
-        ("reads", f"{reads['hits']} hits, {reads['misses']} misses, {reads['waiting']} waiting"),
+        (
+            "reads",
+            f"{counted(reads['hits'], 'hit')}, {counted(reads['misses'], 'miss', 'misses')}, "
+            f"{reads['waiting']} waiting",
+        ),
         (
             "fetched",
             f"{size(fetcher['bytes_fetched'])} in {counted(fetcher['requests'], 'request')}, "
@@ -49,7 +53,7 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
             f"zeros; {size(evicted)} evicted",
         ),
         ("pinned", f"{counted(evictor['pinned_images'], 'image')}, {size(evictor['pinned_bytes'])}"),
-        ("instances", _instances_words(found["instances"])),
+        ("instances", instances_words(found["instances"])),
         *_nova_rows(found["nova"]),
         ("scrub", _scrub_words(found["scrub"])),
         *_precache_rows(found["precache"]),
@@ -115,7 +119,8 @@ def _origin_rows(origin: Mapping[str, Any]) -> Rows:
     return rows + [("cannot fetch", f"{image}: {trouble['error']}") for image, trouble in origin["images"].items()]
 
 
-def _instances_words(instances: Mapping[str, Any]) -> str:
+def instances_words(instances: Mapping[str, Any]) -> str:
+    """How many disks stand on how many images, and which folder of them cannot be looked at."""
     verb = "stands" if instances["disks"] == 1 else "stand"
     if instances["images"] and not instances["disks"]:
         stay = "stays" if instances["images"] == 1 else "stay"
@@ -126,7 +131,8 @@ def _instances_words(instances: Mapping[str, Any]) -> str:
         if folder["trouble"] is not None:
             words += f"; {folder['path']}: {folder['trouble']}"
         elif folder["unread"]:
-            words += f"; {folder['path']}: {folder['unread']} files or folders cannot be read"
+            unread = counted(folder["unread"], "file or folder", "files or folders")
+            words += f"; {folder['path']}: {unread} cannot be read"
     return words
 
 
@@ -134,8 +140,15 @@ def _nova_rows(nova: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     if nova is not None and (nova["files"] or nova["strangers"]):
         words = f"{counted(nova['files'], 'scratch file')}, {size(nova['bytes'])}"
         if nova["strangers"]:
-            words += f"; {nova['strangers']} things lie among them that are no plain files"
+            words += f"; {strangers_words(nova['strangers'])}"
         yield "nova/", words
+
+
+def strangers_words(count: int) -> str:
+    """Of what lies among the scratch files."""
+    if count == 1:
+        return "1 thing that is no plain file lies among them"
+    return f"{count} things that are no plain files lie among them"
 
 
 def _precache_rows(precache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -161,6 +174,8 @@ def _scrub_words(scrub: Mapping[str, Any]) -> str:
 
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# Formats of files that a guest disk is inside of.
+_AROUND_DISKS = frozenset({"qcow2", "vmdk", "vhd", "vhdx", "vdi", "ploop"})
 # Where an id is cut: between its groups.
 ID_LENGTHS = (8, 13, 18, 23)
 IMAGES_HEADER = ("ID", "NAME", "FORMAT", "SIZE", "CACHED", "PINNED", "PRIORITY", "STATE")
@@ -217,16 +232,19 @@ def distinct(ids: Sequence[str]) -> int:
     return next((n for n in ID_LENGTHS if len({id_[:n] for id_ in ids}) == len(set(ids))), 36)
 
 
-def _disk(disk: Mapping[str, Any] | None) -> str | None:
-    """What is known of the disk inside an image, in words."""
-    if disk is None:
-        return None
-    if disk.get("refused"):
+def _disk(disk: Mapping[str, Any] | None, disk_format: str | None, stored: int | None) -> str:
+    """What is known of the guest disk of an image, in words. `stored`: how many bytes of it are stored as the
+    disk's."""
+    if disk is not None and disk.get("refused"):
         return f"refused: {disk['refused']}"
-    said = [size(disk["size"])] if disk.get("size") is not None else []
-    said += [f"with {disk['format']}"] if disk.get("format") else []
-    said += ["verified"] if disk.get("verified") else []
-    return ", ".join(said) or None
+    if disk is None or disk.get("size") is None:
+        return "not looked at yet: nobody asked for it"
+    if disk_format not in _AROUND_DISKS:
+        return f"{size(disk['size'])} (the file itself)"
+    words = f"{size(disk['size'])} (inside the {disk_format})"
+    if disk.get("verified"):
+        return f"{words}, verified"
+    return f"{words}, {size(stored)} of it stored" if stored is not None else words
 
 
 def _no_link(name: str | None, status: str, same_name: Sequence[str] | None) -> str | None:
@@ -246,18 +264,20 @@ def image_rows(found: Mapping[str, Any]) -> Rows:
     def take(*names: str) -> list[Any]:
         return [rest.pop(name, None) for name in names]
 
-    id_, name, status, disk_format, container, whole, virtual = take(
-        "id", "name", "status", "disk_format", "container_format", "size", "virtual_size"
+    id_, name, status, disk_format, container, whole = take(
+        "id", "name", "status", "disk_format", "container_format", "size"
     )
-    cached, state, origin, path = take("cached", "state", "origin", "path")
+    cached, state, origin, path, paths = take("cached", "state", "origin", "path", "paths")
+    if paths is None:  # A daemon that was not restarted since this command was installed.
+        paths = {"file": [path], "disk": [], "resized": None, "scratch": None}
     in_use, handles, leases, held, because = take("in_use", "handles", "leases", "held", "held_because")
     priority, why, condemned, changed = take("priority", "priority_because", "condemned", "origin_changed")
     algorithm, digest, checksum = take("os_hash_algo", "os_hash_value", "checksum")
-    tags, properties, disk = take("tags", "properties", "disk")
+    tags, properties, disk, disk_cached = take("tags", "properties", "disk", "disk_cached")
     by_name, same_name = take("by_name", "same_name")
     created_s, updated_s, *_ = take("created_s", "updated_s", "pinned", "number")
     kept = list(dict.fromkeys(str(lease) for lease in leases or ()))
-    kept += [f"held: {because}" if because else "held"] if held else []
+    kept += [f"it is {because}" if because else "a policy holds it"] if held else []
     share = f" ({cached / whole:.0%})" if whole else ""
     rows: list[tuple[str, object]] = [
         ("image", id_),
@@ -265,13 +285,16 @@ def image_rows(found: Mapping[str, Any]) -> Rows:
         ("status", status),
         ("format", disk_format + (f" in {container}" if container and container != "bare" else "")
          if disk_format else None),
-        ("size", f"{size(whole)} ({whole} bytes)" + (f", the disk inside {size(virtual)}" if virtual else "")),
+        ("size", f"{size(whole)} ({whole} bytes)"),
         ("cached", f"{size(cached)}{share}, {state}" + (f", comes by {origin}" if origin != "unknown" else "")),
-        ("file", path),
+        *[("file", at) for at in paths["file"] or ["it cannot be opened"]],
         ("by name", by_name or _no_link(name, status, same_name)),
-        ("disk inside", _disk(disk)),
-        ("open", ("1 handle" if handles == 1 else f"{handles} handles") if in_use or handles else "no"),
-        *[("kept because", reason) for reason in kept or ["nothing: it may be evicted"]],
+        ("guest disk", _disk(disk, disk_format, disk_cached)),
+        *[("disk file", at) for at in paths["disk"]],
+        ("larger disk", f"{paths['resized']}/SIZE" if paths["resized"] else None),
+        ("scratch file", f"{paths['scratch']} stands before it in nova/" if paths["scratch"] else None),
+        ("open", counted(handles, "handle") if in_use or handles else "no"),
+        *([("kept because", reason) for reason in kept] or [("kept", "no: it goes when room is needed")]),
         ("priority", f"{priority} ({why})" if why else priority),
         ("condemned", condemned),
         ("changed", changed if changed not in (False, 0) else None),

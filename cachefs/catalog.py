@@ -390,9 +390,13 @@ class Catalog:
             except OriginError as error:
                 log.debug("taken as known: %s", error, image=image)
         found = await self.lookup(image)
-        if found.status not in ("active", GONE) and not self.claims.started(image):
+        if not self.may_be_opened(found):
             raise NotPermitted(image, f"is {found.status}")
         return found
+
+    def may_be_opened(self, image: Image) -> bool:
+        """By its status, as it was said last."""
+        return image.status in ("active", GONE) or self.claims.started(image.id)
 
     async def listing(self) -> list[Image]:
         """All images to show, from Glance when the last listing is older than the TTL and it answers soon."""

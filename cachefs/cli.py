@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachefs import __version__, answers, asking, waiting
 from cachefs.errors import CachefsError, ConfigError, Refused
-from cachefs.shown import columns_of, is_terminal, print_json, print_note, print_rows, print_table
+from cachefs.shown import columns_of, is_terminal, print_json, print_note, print_rows, print_sentence, print_table
 from cachefs.words import counted, printable, size
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _say(what: object) -> None:
-    """One line on stderr."""
-    print(f"cachefs: {printable(str(what))}", file=sys.stderr)
+    """One line on stderr; on a terminal as many as it takes."""
+    print_sentence(f"cachefs: {printable(str(what))}", sys.stderr)
 
 
 # ── What can be said ──────────────────────────────────────────────────────────────────────────────────
@@ -365,7 +365,7 @@ def _evict(arguments: argparse.Namespace) -> int:
         if not row["spans"]:
             return "was not cached"
         cached = row.get("cached", 0)  # Not of a daemon that was not restarted since this command was installed.
-        rest = f", the rest of {size(cached)} is zeros or shared with other images"
+        rest = f", the rest of {size(cached)} is zeros or shared with other images; a prefetch fetches it, too"
         return f"evicted; {size(row['bytes'])} freed" + (rest if row["bytes"] < cached else "")
 
     return _tell(arguments, "evict", said, **({"touched": True} if arguments.touched else {}))
@@ -402,13 +402,13 @@ def _show_told(
         if row["error"] is not None:
             _say(row["error"])
         elif not arguments.json:
-            print(f"{row['id']}: {said(row)}")
+            print_sentence(f"{row['id']}: {said(row)}")
     return DONE if all(row["error"] is None for row in rows) else FAILED
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
     if not arguments.wait:
-        return _tell(arguments, "prefetch", lambda row: f"{size(row['cached'])} of {size(row['size'])} is here")
+        return _tell(arguments, "prefetch", _prefetched)
     ask = _asker(arguments)
     meant, unclear = _meant(ask, arguments.ids)
     try:
@@ -417,6 +417,12 @@ def _prefetch(arguments: argparse.Namespace) -> int:
         _say(f"it goes on in the daemon; `cachefs evict {' '.join(meant)}` ends it, and drops what is here")
         raise
     return _show_told(arguments, [*rows, *unclear], lambda row: f"{size(row['size'])} is here")
+
+
+def _prefetched(row: Mapping[str, Any]) -> str:
+    if row["cached"] >= row["size"]:
+        return f"{size(row['size'])} is here, all of it"
+    return f"{size(row['cached'])} of {size(row['size'])} is here; the rest comes in the background"
 
 
 def _precache(arguments: argparse.Namespace) -> int:
@@ -442,7 +448,7 @@ def _show_precache(found: Mapping[str, Any]) -> None:
     print_table(answers.PRECACHE_HEADER, cells, right=("SIZE", "TO FETCH"), drop=drop)
     if found["rows_left_out"]:
         print(f"and {found['rows_left_out']} more")
-    print(
+    print_sentence(
         f"{counted(found['held_images'], 'image')} held: {size(found['held_bytes'])} of the "
         f"{size(found['share'])} that they may; {size(found['cost'])} to fetch"
         + ("; nothing was done" if found["dry_run"] else "")
@@ -474,7 +480,7 @@ def _scrub(arguments: argparse.Namespace) -> int:
     else:
         for fault in last["faults"]:
             print(f"damaged index: {fault}")
-        print(
+        print_sentence(
             f"{size(last['bytes_verified'])} verified: {counted(last['rotten'], 'chunk')} rotten, "
             f"{counted(last['healed'], 'span')} to be fetched again, {last['waiting']} when Glance is back, "
             f"{last['lost']} lost, {counted(last['faults_in_all'], 'fault')} of the index"

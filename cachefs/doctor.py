@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cachefs import asking, config_doubts, limited
 from cachefs import config as configuration
+from cachefs.answers import strangers_words
 from cachefs.config import Config
 from cachefs.config_files import files_read
 from cachefs.errors import CachefsError, ControlError
@@ -394,7 +395,7 @@ def _scratch(nova: dict[str, Any] | None) -> Findings:
     yield ok("scratch files", f"{nova['files']} in nova/, {size(nova['bytes'])}")
     if nova["strangers"]:
         yield warning(
-            "scratch files", f"{nova['strangers']} things that are no plain files lie among them: not used",
+            "scratch files", f"{strangers_words(nova['strangers'])}: not used",
             "look at what is there: nobody but the daemon should write into the store's folder",
         )  # fmt: skip
 

@@ -103,17 +103,23 @@ class GuestDisks:
             disk = image.disk
             if disk is None:
                 continue  # It is said to be of another format now.
-            if disk.refused is not None:
-                raise ImageRefused(image.id, disk.refused)
+            if (why_not := self.why_not(image)) is not None:
+                raise ImageRefused(image.id, why_not)
             assert disk.size is not None, "what is not refused has a size"
             if image.disk_format in PLAIN:
                 return self._original(image)
-            if image.disk_format != "qcow2" and self._converted is None:
-                raise ImageRefused(image.id, f"a disk in {image.disk_format} needs qemu-utils: not installed")
             view = self._store.view(image.id, ViewKind.RAW, disk.size)
             if disk.seen:
                 return view
             await self._look(image.id, partial(self._inspect_inside, image, view, disk))
+
+    def why_not(self, image: Image) -> str | None:
+        """Why its disk is not served, as far as is known; None where it is."""
+        if image.disk is not None and image.disk.refused is not None:
+            return image.disk.refused
+        if image.disk_format != "qcow2" and image.disk_format not in PLAIN and self._converted is None:
+            return f"a disk in {image.disk_format} needs qemu-utils: not installed"
+        return None
 
     async def _look(self, image: str, work: Callable[[], Awaitable[None]]) -> None:
         """Does `work`, unless an inspection of this image is under way: then its end is waited for, and its

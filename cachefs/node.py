@@ -38,6 +38,7 @@ from cachefs.mountpoint import binds_of, minor_of
 from cachefs.namespace import base_name
 from cachefs.naming import Naming
 from cachefs.nova_folder import NovaFolder
+from cachefs.places import Places
 from cachefs.plan import trace
 from cachefs.plan.eviction import Priority
 from cachefs.plan.instances import BaseNames
@@ -223,10 +224,12 @@ class Node:
     # ── what answers administrators ──
 
     def _answering(self) -> None:
+        places = Places(self.mount.mountpoint, self.catalog, self.disks, self.nova)
         parts = Parts(
             self.store, self.fetcher, self.blocks, self.catalog, self.filesystem, self.leases, self.evictor,
             self.scrubber, self.hydrator, self.verifier, self.origin, self.endpoints, self.mount, self.ranks,
             self.precache, self.instances, self.traces, self.contact, self.nova,
+            places,
         )  # fmt: skip
         self.status = status = Status(self.mount.mountpoint, parts)
         commands = Commands(

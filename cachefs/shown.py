@@ -10,9 +10,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Final, TextIO
 
-from cachefs.words import cut, duration, folded, padded, rate, size, width
+from cachefs.words import cut, duration, folded, in_pieces, padded, rate, size, width
 
 # Of everything that --json prints: it changes when a field goes or changes its meaning, not when one comes.
 JSON_FORMAT: Final = 1
@@ -148,28 +149,32 @@ def _line(widths: Iterable[int]) -> int:
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
     """Names and values, one pair a line; a name that comes again is said once. On a terminal values go on in the
-    next line between words. A word is not taken apart, so that ids and paths can be copied."""
+    next line between words. A word is not taken apart, so that ids and paths can be copied; but for hashes, which
+    are longer than any line."""
     columns = columns_of(sys.stdout) if is_terminal(sys.stdout) else None
     longest = max((width(name) for name, _ in rows), default=0) + 1
-    before = None
-    for name, value in rows:
-        head = padded(f"{name}:" if name != before else "", longest)
-        indent = " " * (longest + 1)
-        words = max(map(width, value.split(" ")))
-        if columns is None:
-            lines = [value]
-        elif words <= columns - len(indent):
-            lines = folded(value, columns - len(indent))
-        else:  # Below its name there is more room.
-            indent = "  "
-            lines = ["", *folded(value, columns - len(indent))] if name != before else folded(value, columns - 2)
-            head = head if name != before else " "
-        code = STATE_COLOURS.get(value)
+    for name, same in groupby(rows, lambda row: row[0]):
+        values, indent = [value for _, value in same], " " * (longest + 1)
+        lines = list(values)
+        if columns is not None:
+            room = max(columns - len(indent), NAME_MIN)
+            values = [in_pieces(value, room) for value in values]
+            if max(width(word) for value in values for word in value.split(" ")) > room:
+                indent = "  "  # Below its name there is more room.
+            lines = [line for value in values for line in folded(value, columns - len(indent))]
+        code = STATE_COLOURS.get(values[0]) if len(values) == 1 else None
         lines = [coloured(line, code, sys.stdout) for line in lines]
-        print(f"{coloured(head, DIM, sys.stdout)} {lines[0]}".rstrip())
-        for line in lines[1:]:
+        first = lines.pop(0) if indent != "  " else ""
+        print(f"{coloured(padded(f'{name}:', longest), DIM, sys.stdout)} {first}".rstrip())
+        for line in lines:
             print(f"{indent}{line}")
-        before = name
+
+
+def print_sentence(text: str, stream: TextIO | None = None) -> None:
+    """One line; on a terminal it goes on in the next one between words. To standard output by default."""
+    stream = sys.stdout if stream is None else stream
+    for line in folded(text, columns_of(stream)) if is_terminal(stream) else [text]:
+        print(line, file=stream)
 
 
 def print_note(text: str) -> None:

@@ -31,6 +31,7 @@ from cachefs.instances import Instances
 from cachefs.leases import Leases
 from cachefs.namespace import link_name
 from cachefs.nova_folder import NovaFolder
+from cachefs.places import Places
 from cachefs.precache import Precache
 from cachefs.ranks import Ranks
 from cachefs.scrubber import Scrubber
@@ -41,6 +42,7 @@ from cachefs.store.format import ViewKind
 from cachefs.store.health import State
 from cachefs.traces import Traces
 from cachefs.verifier import Verifier
+from cachefs.words import counted
 
 # Of each kind of what moves: as much as a screen can have.
 ROWS_MAX = 100
@@ -69,6 +71,7 @@ class Parts:
     traces: Traces
     contact: Contact
     nova: NovaFolder | None
+    places: Places
 
 
 class Status:
@@ -83,7 +86,7 @@ class Status:
         self._hydrator, self._verifier = parts.hydrator, parts.verifier
         self._origin, self._mount, self._endpoints = parts.origin, parts.mount, parts.endpoints
         self._ranks, self._precache, self._traces = parts.ranks, parts.precache, parts.traces
-        self._contact, self._nova = parts.contact, parts.nova
+        self._contact, self._nova, self._places = parts.contact, parts.nova, parts.places
         self._began_s = time.monotonic()
 
     def handlers(self) -> dict[str, Handler]:
@@ -166,7 +169,8 @@ class Status:
         if self._store.writer.trouble is not None:
             reasons.append(f"what is fetched is not kept: {self._store.writer.trouble}")
         if at_risk := len(self._hydrator.at_risk):
-            reasons.append(f"{at_risk} images that are in use cannot be held whole")
+            images = counted(at_risk, "image that is in use", "images that are in use")
+            reasons.append(f"{images} cannot be held whole")
         state = "unready" if not is_ready else "degraded" if reasons else "ready"
         return {"is_ready": is_ready, "state": state, "reasons": reasons}
 
@@ -242,6 +246,8 @@ class Status:
             "held_because": self._precache.why(image),
             "opens": round(self._precache.opens.of(image), 2),
             "path": f"{self._mountpoint}/images/{image}",
+            "paths": asdict(self._places.of(found)),
+            "disk_cached": disk.cached if (disk := self._store.known_view(image, ViewKind.RAW)) else None,
             "by_name": self._link(found),
             "same_name": _others(found, self._catalog.namesakes()),
             "origin": stored.record.origin.name.lower() if stored is not None else "unknown",

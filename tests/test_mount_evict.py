@@ -113,6 +113,15 @@ def test_what_an_eviction_does_not_free_is_said_to_be_shared(tmp_path: Path) -> 
     with ScriptedOrigin(twins) as origin, Node(tmp_path, origin.url) as node:
         assert node.cli("prefetch", "--wait", A, B).returncode == 0
         rest = ", the rest of 4.0 MiB is zeros or shared with other images"
+        rest += "; a prefetch fetches it, too"
+        assert node.cli("evict", A).stdout == f"{A}: evicted; 0 B freed{rest}\n"
+        sent, stored = origin.bytes_sent, node.status()["store"]["bytes_on_disk"]
+        begun = f"{A}: 0 B of 4.0 MiB is here; the rest comes in the background\n"
+        assert node.cli("prefetch", A).stdout == begun
+        assert node.cli("prefetch", "--wait", A).returncode == 0
+        assert node.cli("prefetch", A).stdout == f"{A}: 4.0 MiB is here, all of it\n"
+        assert origin.bytes_sent - sent == size, "which of the other's chunks they are is known no more"
+        assert node.status()["store"]["bytes_on_disk"] - stored < size // 4, "and not stored again"
         assert node.cli("evict", A).stdout == f"{A}: evicted; 0 B freed{rest}\n"
         assert node.cli("evict", A).stdout == f"{A}: was not cached\n"
         assert node.cli("evict", B).stdout == f"{B}: evicted; 4.0 MiB freed\n"

@@ -244,6 +244,22 @@ def test_a_disk_that_is_open_comes_whole_is_verified_and_outlives_the_origin(
             assert read_direct(path, 1024 * MIB, MIB) == bytes(MIB)
 
 
+def test_a_disk_whose_file_was_prefetched_costs_the_origin_nothing(
+    tmp_path: Path, qcow2_and_disk: tuple[bytes, bytes]
+) -> None:
+    file, disk = qcow2_and_disk
+    image = OriginImage.of(IMAGES[0], None, file, disk_format="qcow2")
+    with ScriptedOrigin([image]) as origin, Node(tmp_path, origin.url) as node:
+        assert node.cli("prefetch", "--wait", IMAGES[0]).returncode == 0
+        path, sent = node.mountpoint / "raw" / IMAGES[0], origin.bytes_sent
+        assert (row(node, IMAGES[0])["disk_cached"], path.stat().st_blocks) == (None, 1), "it is no disk yet"
+        for offset in range(0, 24 * MIB, MIB):
+            assert read_direct(path, 2048 * MIB + offset, MIB) == disk[offset : offset + MIB]
+        assert origin.bytes_sent == sent
+        assert row(node, IMAGES[0])["disk_cached"] >= 24 * MIB
+        assert poll_until(lambda: path.stat().st_blocks * 512 >= 24 * MIB, 10)
+
+
 def test_a_wrong_upload_of_a_qcow2_is_condemned_though_only_its_disk_was_opened(
     tmp_path: Path, qcow2_and_disk: tuple[bytes, bytes]
 ) -> None:

@@ -20,8 +20,9 @@ import pytest
 from cachefs import answers, asking, cli, completion, shown
 from cachefs.errors import ControlError
 from cachefs.shown import JSON_FORMAT, Pace, table
+from cachefs.store.repair import Repaired
 from cachefs.top import Look, frame
-from cachefs.words import cut, duration, padded, printable, size, width, wrapped
+from cachefs.words import counted, cut, duration, padded, printable, size, width, wrapped
 from tests.cloud.service import clean_environment
 from tests.node import ROOT, Node, read_direct, run_command
 from tests.origin import OriginImage, ScriptedOrigin, Stall, pattern
@@ -117,13 +118,73 @@ def test_rows_go_on_between_words_and_ids_stay_whole(
         f"  {A}",
         "kept because: it is pinned and somebody",
         "              has it open",
-        "hash:",
-        "  sha512",
-        f"  {digest}",
+        "hash:         sha512",
+        *(f"              {digest[at : at + 26]}" for at in range(0, 128, 26)),
+    ]
+    monkeypatch.setattr(shown, "columns_of", lambda stream: 80)
+    shown.print_rows(rows)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "hash:         sha512",
+        f"              {digest[:64]}",
+        f"              {digest[64:]}",
     ]
     monkeypatch.setattr(shown, "is_terminal", lambda stream: False)
     shown.print_rows(rows)
     assert capsys.readouterr().out.splitlines()[1] == "kept because: it is pinned and somebody has it open"
+
+
+def test_values_of_one_name_stand_one_below_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shown, "is_terminal", lambda stream: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(shown, "columns_of", lambda stream: 40)
+    short, long = f"/mnt/raw/{A[:8]}", f"/mnt/raw/{A}"
+    shown.print_rows([("name", "x"), ("file", short), ("file", long), ("open", "no")])
+    assert capsys.readouterr().out.splitlines() == ["name: x", "file:", f"  {short}", f"  {long}", "open: no"]
+    shown.print_rows([("file", short), ("file", short)])
+    assert capsys.readouterr().out.splitlines() == [f"file: {short}", f"      {short}"]
+
+
+def test_a_sentence_goes_on_between_words_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = f"cachefs: image {A} is not evicted: it is open (1 handle)"
+    shown.print_sentence(said, sys.stderr)
+    assert capsys.readouterr().err == f"{said}\n"
+    monkeypatch.setattr(shown, "is_terminal", lambda stream: True)
+    monkeypatch.setattr(shown, "columns_of", lambda stream: 60)
+    shown.print_sentence(said, sys.stderr)
+    lines = capsys.readouterr().err.splitlines()
+    assert (" ".join(lines), max(map(len, lines)) <= 60) == (said, True)
+
+
+def test_one_thing_is_said_as_one() -> None:
+    assert [counted(n, "hit") for n in (0, 1, 2)] == ["0 hits", "1 hit", "2 hits"]
+    assert [counted(n, "miss", "misses") for n in (0, 1, 2)] == ["0 misses", "1 miss", "2 misses"]
+    assert answers.strangers_words(1) == "1 thing that is no plain file lies among them"
+    assert answers.strangers_words(2) == "2 things that are no plain files lie among them"
+    assert str(Repaired(records_changed=1, bytes_cut=2)) == "1 record changed, 2 bytes cut off"
+
+
+@pytest.mark.parametrize(
+    ("disks", "images", "said"),
+    [
+        (0, 0, "0 disks stand on 0 images"),
+        (1, 1, "1 disk stands on 1 image"),
+        (2, 1, "2 disks stand on 1 image"),
+        (2, 2, "2 disks stand on 2 images"),
+        (0, 1, "no disks any more; 1 image stays leased for [leases] grace"),
+        (0, 2, "no disks any more; 2 images stay leased for [leases] grace"),
+    ],
+)
+@pytest.mark.parametrize(("unread", "more"), [(0, ""), (1, "1 file or folder"), (2, "2 files or folders")])
+def test_disks_and_images_are_counted_as_they_are(
+    disks: int, images: int, said: str, unread: int, more: str
+) -> None:
+    folder = {"path": "/i", "trouble": None, "unread": unread}
+    found = answers.instances_words({"disks": disks, "images": images, "folders": [folder]})
+    assert found == said + (f"; /i: {more} cannot be read" if more else "")
 
 
 def test_from_when_a_listing_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -650,19 +711,30 @@ def test_where_nothing_can_be_written_one_line_says_so() -> None:
 
 
 def test_the_disk_inside_an_image_is_told_in_words() -> None:
-    disk = {"size": 1 << 30, "format": "gpt", "refused": None, "seen": True, "verified": True}
+    disk = {"size": 1 << 30, "format": "qcow2", "refused": None, "seen": True, "verified": True}
     found = image_of(disk=disk, leases=["it is open", "it is open"], handles=1)
     rows = answers.image_rows(found)
-    assert ("disk inside", "1.0 GiB, with gpt, verified") in rows
+    assert ("guest disk", "1.0 GiB (inside the qcow2), verified") in rows
+    assert ("file", "/x") in rows, "as a daemon of before this command says it"
     assert [value for key, value in rows if key == "kept because"] == ["it is open"]
     assert ("open", "1 handle") in rows
     refused = answers.image_rows(image_of(disk={**disk, "refused": "it has a backing file"}))
-    assert ("disk inside", "refused: it has a backing file") in refused
+    assert ("guest disk", "refused: it has a backing file") in refused
+    assert ("kept", "no: it goes when room is needed") in refused
+
+    def words(**known: object) -> str:
+        return dict(answers.image_rows(image_of(**known)))["guest disk"]
+
+    some = {**disk, "verified": False}
+    assert words(disk=some, disk_cached=3 << 20) == "1.0 GiB (inside the qcow2), 3.0 MiB of it stored"
+    assert words(disk=some) == "1.0 GiB (inside the qcow2)"
+    assert words(disk=some, disk_format="raw") == "1.0 GiB (the file itself)"
+    assert words(disk=None) == "not looked at yet: nobody asked for it"
 
 
 def image_of(**known: object) -> dict[str, object]:
     """An answer about an image, as far as `image_rows` asks."""
-    found: dict[str, object] = dict.fromkeys(("name", "virtual_size", "condemned", "os_hash_value", "checksum"))
+    found: dict[str, object] = dict.fromkeys(("name", "condemned", "os_hash_value", "checksum"))
     return found | {
         "id": "50000000-0000-4000-8000-000000000001", "status": "active", "disk_format": "qcow2", "size": 1 << 20,
         "cached": 0, "state": "absent", "origin": "unknown", "path": "/x", "in_use": True, "handles": 0,
