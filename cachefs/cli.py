@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cachefs import __version__, answers, asking, waiting
-from cachefs.errors import CachefsError, ConfigError, Refused
+from cachefs.errors import CachefsError, ConfigError, Refused, StoreLocked
 from cachefs.shown import columns_of, is_terminal, print_json, print_note, print_rows, print_sentence, print_table
 from cachefs.words import counted, printable, size
 
@@ -585,13 +585,15 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    refused = DAMAGED if arguments.repair else FAILED  # 1 would say that it was repaired.
     try:
         return _checked(arguments)
+    except StoreLocked as error:
+        _say(f"{error}: `cachefs scrub` verifies while that runs, `cachefs check` once it has ended")
+        return refused
     except CachefsError as error:
-        if not arguments.repair:
-            raise
         _say(error)
-        return DAMAGED  # 1 would say that it was repaired.
+        return refused
 
 
 def _checked(arguments: argparse.Namespace) -> int:
