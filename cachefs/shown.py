@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -25,6 +26,8 @@ STATE_COLOURS: Final = {
     "unready": RED, "pinned": CYAN, "at risk": RED,
 }  # fmt: skip
 
+_COMMAND: Final = re.compile("`[^`]+`")
+_NO_BREAK: Final = "\0"  # In no text that is printable.
 COLUMNS_MIN: Final = 20
 # A name that is cut: so much of it at least, and so much before columns go for it.
 NAME_MIN: Final = 8
@@ -171,10 +174,12 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_sentence(text: str, stream: TextIO | None = None) -> None:
-    """One line; on a terminal it goes on in the next one between words. To standard output by default."""
+    """One line; on a terminal it goes on in the next one between words, but not within `a command`, which people
+    copy. To standard output by default."""
     stream = sys.stdout if stream is None else stream
-    for line in folded(text, columns_of(stream)) if is_terminal(stream) else [text]:
-        print(line, file=stream)
+    whole = _COMMAND.sub(lambda found: found[0].replace(" ", _NO_BREAK), text)
+    for line in folded(whole, columns_of(stream)) if is_terminal(stream) else [text]:
+        print(line.replace(_NO_BREAK, " "), file=stream)
 
 
 def print_note(text: str) -> None:

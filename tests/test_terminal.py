@@ -157,6 +157,10 @@ def test_a_sentence_goes_on_between_words_on_a_terminal_only(
     shown.print_sentence(said, sys.stderr)
     lines = capsys.readouterr().err.splitlines()
     assert (" ".join(lines), max(map(len, lines)) <= 60) == (said, True)
+    shown.print_sentence(f"cachefs: it goes on in the daemon; `cachefs evict {A}` ends it")
+    assert capsys.readouterr().out.splitlines() == [
+        "cachefs: it goes on in the daemon;", f"`cachefs evict {A}` ends it"
+    ], "what is copied is whole"  # fmt: skip
 
 
 def test_one_thing_is_said_as_one() -> None:
