@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,7 +152,7 @@ def test_what_a_crash_leaves_is_noted_and_no_damage(folder: Path) -> None:
 
 def test_a_quarantined_chunk_is_noted(folder: Path) -> None:
     chunk_id, chunk = some_chunk(folder)
-    put_chunk(folder, chunk_id, replace(chunk, flags=f.ROTTEN))
+    put_chunk(folder, chunk_id, chunk._replace(flags=f.ROTTEN))
     flip(segment_file(folder), chunk.offset + 5)
     report = check(folder)
     assert report.sound
@@ -243,7 +242,7 @@ def test_a_recipe_that_names_a_lost_chunk(folder: Path) -> None:
 
 def test_a_recipe_that_takes_a_chunk_for_longer(folder: Path) -> None:
     chunk_id, chunk = some_chunk(folder)
-    put_chunk(folder, chunk_id, replace(chunk, pages=chunk.pages - 1))
+    put_chunk(folder, chunk_id, chunk._replace(pages=chunk.pages - 1))
     found = damages(folder)
     assert f"takes chunk {chunk_id} for {chunk.pages} pages, and it has {chunk.pages - 1}" in found
     assert "its bytes are not what its digest says" in found
@@ -260,7 +259,7 @@ def test_a_chunk_that_nobody_names(folder: Path) -> None:
     _, chunk = some_chunk(folder)
     extra = ChunkId(500)
     stores.put(folder, Table.META, f.COUNTERS_KEY, Counters(1000, 10, 10).encode())
-    put_chunk(folder, extra, replace(chunk, refs=0))
+    put_chunk(folder, extra, chunk._replace(refs=0))
     found = damages(folder)
     assert "counts 0 references, and recipes name it 0 times" in found
     assert "overlaps another chunk" in found
@@ -360,7 +359,7 @@ def test_numbers_that_would_be_given_again(folder: Path) -> None:
 
 def test_a_chunk_of_impossible_length(folder: Path) -> None:
     chunk_id, chunk = some_chunk(folder)
-    put_chunk(folder, chunk_id, replace(chunk, pages=0xFFFF))
+    put_chunk(folder, chunk_id, chunk._replace(pages=0xFFFF))
     assert "has 65535 pages" in damages(folder)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -31,7 +30,7 @@ from cachefs.store.format import (
     ViewRecord,
 )
 from cachefs.store.index import WriteSet
-from cachefs.store.ledger import CANDIDATES_MAX, Ledger, merged
+from cachefs.store.ledger import CANDIDATES_MAX, CHUNKS_A_STEP, Found, Ledger, merged
 from cachefs.store.recipe import absent_recipe, present_bytes
 from tests import stores
 from tests.stores import image_id
@@ -77,6 +76,13 @@ class Durable:
 
     def chunks(self, chunks: Sequence[ChunkId]) -> dict[ChunkId, Chunk]:
         return {chunk_id: chunk for chunk_id in chunks if (chunk := self.chunk(chunk_id)) is not None}
+
+    def chunk_records(self, chunks: Sequence[ChunkId]) -> list[tuple[ChunkId, bytes]]:
+        records = self.tables[Table.CHUNKS]
+        return [(chunk, records[key]) for chunk in chunks if (key := f.chunk_key(chunk)) in records]
+
+    def decode(self, chunk: ChunkId, record: bytes) -> Chunk | None:
+        return Chunk.decode(f.chunk_key(chunk), record)
 
     def known(self, digests: Sequence[bytes]) -> set[bytes]:
         return {digest for digest in digests if self.candidates(digest, 1)}
@@ -134,6 +140,17 @@ def put(ledger: Ledger, span: SpanNo, entries: list[Entry], new: dict[ChunkId, C
     old = ledger.recipe(VIEW, span) or absent_recipe(PAGES)
     change = present_bytes(recipe, PAGES * PAGE) - present_bytes(old, PAGES * PAGE)
     ledger.set_recipe(VIEW, span, recipe, new or {}, change)
+
+
+def taken_back(ledger: Ledger, span: SpanNo, found: Found) -> tuple[Recipe, int] | None:
+    """What `take_back` says, taken to its end."""
+    steps = ledger.take_back(VIEW, span, found, PAGES * PAGE)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            taken: tuple[Recipe, int] | None = end.value
+            return taken
 
 
 def commit(durable: Durable, ledger: Ledger) -> None:
@@ -219,6 +236,25 @@ def test_a_chunk_freed_while_its_commit_is_under_way_is_freed_by_the_next() -> N
     assert durable.digests == set()
 
 
+def test_what_is_taken_back_goes_in_steps_and_is_found_by_nobody() -> None:
+    durable, ledger = fresh()
+    new = dict(new_chunk(ledger, pages=1, kind=kind) for kind in range(4 * CHUNKS_A_STEP))
+    whole = 4 * CHUNKS_A_STEP * PAGE
+    ledger.set_recipe(VIEW, SPAN, tuple(Entry(Kind.CHUNK, 1, chunk_id) for chunk_id in new), new, whole)
+    commit(durable, ledger)
+    found = ledger.look_ahead([(VIEW, SPAN)])
+    assert sum(1 for _ in ledger.take_back(VIEW, SPAN, found, whole)) > 4
+    assert ledger.recipe(VIEW, SPAN) is None
+    assert not any(ledger.candidates(digest(kind)) for kind in range(4 * CHUNKS_A_STEP))
+    assert taken_back(ledger, SPAN, found) is None, "once"
+    layer, writes = ledger.seal()
+    assert layer.punches == [Punch(SEGMENT, 0, whole)]
+    durable.commit(writes)
+    ledger.committed()
+    assert (durable.tables[Table.CHUNKS], durable.digests) == ({}, set())
+    assert durable.views()[VIEW].cached == 0
+
+
 def test_counts_are_those_of_the_entries() -> None:
     durable, ledger = fresh()
     chunk_id, chunk = new_chunk(ledger, pages=2)
@@ -252,7 +288,7 @@ def test_a_rotten_chunk_is_no_candidate_and_stays_counted() -> None:
     assert not ledger.usable(chunk_id)
     assert ledger.candidates(digest(0)) == []
     commit(durable, ledger)
-    assert durable.chunk(chunk_id) == replace(chunk, refs=1, flags=f.ROTTEN)
+    assert durable.chunk(chunk_id) == chunk._replace(refs=1, flags=f.ROTTEN)
     put(ledger, SPAN, [])
     commit(durable, ledger)
     assert durable.chunk(chunk_id) is None
@@ -334,6 +370,23 @@ class LedgerMachine(RuleBasedStateMachine):
                 entries.append(Entry(Kind.CHUNK, 2, chunk_id))
         put(self.ledger, SpanNo(span), entries, new)
         self.recipes[SpanNo(span)] = entries
+
+    @rule(spans=st.lists(st.integers(0, 3), max_size=4), ends_between=st.booleans())
+    def take_back(self, spans: list[int], ends_between: bool) -> None:
+        """The commit that is under way may end between the look and the steps; the layer stays, as the writer
+        keeps it."""
+        found = self.ledger.look_ahead((VIEW, SpanNo(span)) for span in spans)
+        if ends_between and self.sealed is not None:
+            self.durable.commit(self.sealed[0])
+            self.committed_recipes = self.sealed[1]
+        for span in spans:
+            was = self.recipes.pop(SpanNo(span), None)
+            live = self.ledger.segments[SEGMENT].live
+            taken = taken_back(self.ledger, SpanNo(span), found)
+            assert (taken is not None) == bool(was)
+            if taken is not None:
+                assert [entry for entry in taken[0] if entry.kind is Kind.CHUNK] == was
+                assert taken[1] == live - self.ledger.segments[SEGMENT].live
 
     @precondition(lambda self: self.sealed is None)
     @rule()

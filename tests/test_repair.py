@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -212,7 +211,7 @@ def gone(table: Table, key: bytes) -> Damage:
 def change_chunk(**fields: Any) -> Damage:
     def damage(folder: Path) -> None:
         chunk_id, chunk = a_chunk(folder)
-        put_chunk(folder, chunk_id, replace(chunk, **{k: v(chunk) for k, v in fields.items()}))
+        put_chunk(folder, chunk_id, chunk._replace(**{k: v(chunk) for k, v in fields.items()}))
 
     return damage
 
@@ -399,7 +398,7 @@ def test_what_was_lost_lands_again(folder: Path, name: str) -> None:
 
 def test_a_quarantined_chunk_goes_and_its_space_comes_back(folder: Path) -> None:
     chunk_id, chunk = a_chunk(folder)
-    put_chunk(folder, chunk_id, replace(chunk, flags=f.ROTTEN))
+    put_chunk(folder, chunk_id, chunk._replace(flags=f.ROTTEN))
     _, done, sound = repair_store(folder)
     assert sound
     assert done.chunks_dropped == 1

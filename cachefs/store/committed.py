@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from cachefs import logs
 from cachefs.errors import RecordCorrupt
 from cachefs.store import format as f
-from cachefs.store.format import SpanNo, ViewNo
+from cachefs.store.format import SpanNo, Table, ViewNo
 from cachefs.store.index import Index, Snapshot
 
 log = logs.get(__name__)
@@ -55,21 +55,26 @@ class CommittedIndex:
 
     def chunk(self, chunk: f.ChunkId) -> f.Chunk | None:
         with self._reading() as snapshot:
-            try:
-                return snapshot.chunk(chunk)
-            except RecordCorrupt as error:
-                self._repeats.error("chunk", "%s: taken for lost", error)
-                return None
+            record = snapshot.get(Table.CHUNKS, f.chunk_key(chunk))
+        return None if record is None else self.decode(chunk, record)
 
     def chunks(self, chunks: Sequence[f.ChunkId]) -> dict[f.ChunkId, f.Chunk]:
-        found = {}
+        return {
+            chunk: found
+            for chunk, record in self.chunk_records(chunks)
+            if (found := self.decode(chunk, record)) is not None
+        }
+
+    def chunk_records(self, chunks: Sequence[f.ChunkId]) -> list[tuple[f.ChunkId, bytes]]:
         with self._reading() as snapshot:
-            for chunk, key, record in snapshot.chunks(chunks):
-                try:
-                    found[chunk] = f.Chunk.decode(key, record)
-                except RecordCorrupt as error:
-                    self._repeats.error("chunk", "%s: taken for lost", error)
-        return found
+            return snapshot.chunks(chunks)
+
+    def decode(self, chunk: f.ChunkId, record: bytes) -> f.Chunk | None:
+        try:
+            return f.Chunk.decode(f.chunk_key(chunk), record)
+        except RecordCorrupt as error:
+            self._repeats.error("chunk", "%s: taken for lost", error)
+            return None
 
     def candidates(self, digest: bytes, most: int) -> list[f.ChunkId]:
         with self._reading() as snapshot:

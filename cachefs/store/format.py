@@ -60,9 +60,12 @@ class Table(IntEnum):
 SEAL_BYTES = 8
 
 
+_TABLE_BYTES = {table: bytes((table,)) for table in Table}
+
+
 def seal(table: Table, key: bytes, payload: bytes) -> bytes:
     """`payload` with its seal behind it."""
-    return payload + xxh3_64_intdigest(bytes((table,)) + key + payload).to_bytes(SEAL_BYTES, "little")
+    return payload + xxh3_64_intdigest(_TABLE_BYTES[table] + key + payload).to_bytes(SEAL_BYTES, "little")
 
 
 def unseal(table: Table, key: bytes, record: bytes) -> bytes:
@@ -288,8 +291,7 @@ _CHUNK_KEY = struct.Struct(">Q")
 ROTTEN = 1  # Flag: the stored bytes were seen not to have the digest. Never read or shared again.
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Where a chunk's bytes are, and what they hash to. `page` and `pages` count 4 KiB pages of the segment.
     `refs` is the number of recipe entries that name it, and at least 1 in a committed record."""
 
@@ -313,7 +315,7 @@ class Chunk:
         return bool(self.flags & ROTTEN)
 
     def with_refs(self, refs: int) -> Chunk:
-        return replace(self, refs=refs)
+        return self._replace(refs=refs)
 
     def encode(self, chunk: ChunkId) -> bytes:
         payload = _CHUNK.pack(self.segment, self.page, self.pages, self.flags, self.refs, self.digest)

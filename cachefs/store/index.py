@@ -108,11 +108,10 @@ class Snapshot:
         record = self.get(Table.CHUNKS, key)
         return None if record is None else Chunk.decode(key, record)
 
-    def chunks(self, chunks: Iterable[ChunkId]) -> Iterator[tuple[ChunkId, bytes, bytes]]:
-        """Those of `chunks` that there are: with key and record, for `Chunk.decode`."""
-        cursor = self._txn.cursor(self._tables[Table.CHUNKS])
-        for key, record in cursor.getmulti([f.chunk_key(chunk) for chunk in chunks]):
-            yield f.split_chunk_key(bytes(key)), bytes(key), bytes(record)
+    def chunks(self, chunks: Iterable[ChunkId]) -> list[tuple[ChunkId, bytes]]:
+        """Those of `chunks` that there are, with their records."""
+        found = self._txn.cursor(self._tables[Table.CHUNKS]).getmulti([f.chunk_key(chunk) for chunk in chunks])
+        return [(f.split_chunk_key(bytes(key)), bytes(record)) for key, record in found]
 
     def candidates(self, digest: bytes, most: int) -> list[ChunkId]:
         """The first `most` chunks that have this digest: usually none or one, more where it was forged."""

@@ -9,7 +9,7 @@ ledger, so that a failed write leaves the ledger as it was and at most some byte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from cachefs.store.format import (
     ViewNo,
     digest_of,
 )
-from cachefs.store.ledger import CANDIDATES_MAX, Ledger
+from cachefs.store.ledger import CANDIDATES_MAX, Found, Ledger
 from cachefs.store.recipe import (
     NO_CHUNK,
     SpanMap,
@@ -188,10 +188,19 @@ class Lander:
 
     # ── taking back ──
 
-    def drop(self, view: ViewNo, span: SpanNo) -> tuple[Landed, int] | None:
-        """Everything of a span becomes absent. Also how many bytes of segments it frees; None where nothing is."""
-        old = self._ledger.recipe(view, span)
-        return None if old is None else self._become(view, span, old, absent_recipe(pages_of(old)))
+    def drop(self, view: ViewNo, span: SpanNo, found: Found) -> Generator[None, None, tuple[Landed, int] | None]:
+        """Everything of a span becomes absent, in steps: see `Ledger.take_back`. Also how many bytes of segments
+        that frees; None where nothing is."""
+        record = self._ledger.views.get(view)
+        if record is None:
+            return None
+        dropped = yield from self._ledger.take_back(view, span, found, record.size - span * self._span_size)
+        if dropped is None:
+            return None
+        old, freed = dropped
+        yield
+        span_map = SpanMap.of(absent_recipe(pages_of(old)), self._ledger.chunk)
+        return Landed(view, span, span_map, self._ledger.views[view].cached), freed
 
     def mend(self, view: ViewNo, span: SpanNo) -> tuple[Landed, int] | None:
         """What of a span is in chunks that are missing or rotten becomes absent; None where nothing is."""

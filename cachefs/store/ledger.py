@@ -13,9 +13,9 @@ it between the decision and the commit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -36,10 +36,13 @@ from cachefs.store.format import (
     ViewRecord,
 )
 from cachefs.store.index import WriteSet
+from cachefs.store.recipe import present_bytes
 
 # Chance gives one. An image full of forged twins gives as many as it has chunks, and comparing each with all
 # others would occupy the writer for hours: beyond this many they are stored without a look.
 CANDIDATES_MAX = 8
+# In some 20 µs.
+CHUNKS_A_STEP = 8
 
 
 class Committed(Protocol):
@@ -48,9 +51,20 @@ class Committed(Protocol):
     def recipe(self, view: ViewNo, span: SpanNo) -> Recipe | None: ...
     def chunk(self, chunk: ChunkId) -> Chunk | None: ...
     def chunks(self, chunks: Sequence[ChunkId]) -> dict[ChunkId, Chunk]: ...
+    def chunk_records(self, chunks: Sequence[ChunkId]) -> list[tuple[ChunkId, bytes]]: ...
+    def decode(self, chunk: ChunkId, record: bytes) -> Chunk | None: ...
     def candidates(self, digest: bytes, most: int) -> list[ChunkId]: ...
     def known(self, digests: Sequence[bytes]) -> set[bytes]: ...
     def batch(self) -> AbstractContextManager[None]: ...
+
+
+@dataclass
+class Found:
+    """What there is of some spans: their recipes, and the records of the chunks that those name and that no layer
+    has."""
+
+    recipes: dict[tuple[ViewNo, SpanNo], Recipe] = field(default_factory=dict)
+    records: dict[ChunkId, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -146,6 +160,18 @@ class Ledger:
         found.update(self._committed.chunks(others))
         return found
 
+    def look_ahead(self, spans: Iterable[tuple[ViewNo, SpanNo]]) -> Found:
+        """What `take_back` needs to know of `spans`; for a thread. It holds as long as only `take_back` changes
+        anything, and what is sealed stays among the layers."""
+        found = Found()
+        for view, span in spans:
+            recipe = self.recipe(view, span)
+            if recipe is not None:
+                found.recipes[view, span] = recipe
+                chunks = [e.chunk for e in recipe if e.kind is Kind.CHUNK]
+                found.records.update(self._committed.chunk_records(chunks))
+        return found
+
     def usable(self, chunk: ChunkId) -> bool:
         found = self.chunk(chunk)
         return found is not None and not found.rotten
@@ -226,11 +252,9 @@ class Ledger:
         were they stay, until their segment is removed."""
         chunk = self.chunk(chunk_id)
         assert chunk is not None, "whoever moves a chunk has looked at it"
-        self.open.chunks[chunk_id] = replace(chunk, segment=segment, page=offset // PAGE)
-        for number, by in ((chunk.segment, -chunk.length), (segment, chunk.length)):
-            record = self.segments[number]
-            self.segments[number] = record._replace(live=record.live + by)
-            self.open.segments.add(number)
+        self.open.chunks[chunk_id] = chunk._replace(segment=segment, page=offset // PAGE)
+        self._add_live({chunk.segment: -chunk.length})
+        self._add_live({segment: chunk.length})
 
     def not_seen(self, chunks: Iterable[ChunkId]) -> None:
         """Nobody can have seen what the disk made of these new ones: see `Layer.seen`."""
@@ -247,7 +271,7 @@ class Ledger:
         """The stored bytes are not what their digest says: never read or share them again."""
         found = self.chunk(chunk)
         if found is not None and not found.rotten:
-            self.open.chunks[chunk] = replace(found, flags=found.flags | f.ROTTEN)
+            self.open.chunks[chunk] = found._replace(flags=found.flags | f.ROTTEN)
 
     def set_recipe(
         self, view: ViewNo, span: SpanNo, recipe: Recipe, new: Mapping[ChunkId, Chunk], cached_change: int
@@ -271,27 +295,74 @@ class Ledger:
         # Not one whose record is lost: the recipe that named it is being replaced, which is the mending.
         counted = [chunk_id for chunk_id, by in change.items() if by]
         for chunk_id, chunk in self.chunks(counted).items():
-            self._count(chunk_id, chunk, change[chunk_id], live)
-        for segment, by in live.items():
-            segment_record = self.segments[segment]
-            self.segments[segment] = segment_record._replace(live=segment_record.live + by)
-            layer.segments.add(segment)
+            refs = chunk.refs + change[chunk_id]
+            if refs > 0:
+                layer.chunks[chunk_id] = chunk.with_refs(refs)
+            else:
+                self._free(chunk_id, chunk)
+                live[chunk.segment] -= chunk.length
+        self._add_live(live)
         layer.recipes[view, span] = kept
         if cached_change:
             record = self.views[view]
             self.set_view(view, record.with_cached(record.cached + cached_change))
         return live.total()
 
-    def _count(self, chunk_id: ChunkId, chunk: Chunk, by: int, live: Counter[SegmentNo]) -> None:
-        refs = chunk.refs + by
-        if refs > 0:
-            self.open.chunks[chunk_id] = chunk.with_refs(refs)
-            return
-        layer, segment, length = self.open, chunk.segment, chunk.length
+    def take_back(
+        self, view: ViewNo, span: SpanNo, found: Found, size: int
+    ) -> Generator[None, None, tuple[Recipe, int] | None]:
+        """Nothing of the span is here any more; `size` is what the view has from its first byte on. In steps, of
+        which none asks the index; to be taken to the end. Returns what it was made of, and how many bytes fewer
+        live in segments; None where there was nothing."""
+        layers, layer = self._layers, self.open
+        old = found.recipes.get((view, span))
+        if (view, span) in layer.recipes:  # It was taken back since.
+            old = layer.recipes[view, span]
+        if old is None:
+            return None
+        named: Counter[ChunkId] = Counter(e.chunk for e in old if e.kind is Kind.CHUNK)
+        yield
+        record = self.views[view]
+        self.set_view(view, record.with_cached(record.cached - present_bytes(old, size)))
+        layer.recipes[view, span] = None
+        live: Counter[SegmentNo] = Counter()
+        for n, (chunk_id, by) in enumerate(named.items(), 1):
+            chunk = self._found(chunk_id, found, layers)
+            if chunk is not None:
+                if chunk.refs > by:
+                    layer.chunks[chunk_id] = chunk.with_refs(chunk.refs - by)
+                else:
+                    self._free(chunk_id, chunk)
+                    live[chunk.segment] += chunk.length
+            if n % CHUNKS_A_STEP == 0:
+                yield
+        self._add_live({segment: -by for segment, by in live.items()})
+        return old, live.total()
+
+    def _found(self, chunk_id: ChunkId, found: Found, layers: Sequence[Layer]) -> Chunk | None:
+        for layer in layers:
+            if chunk_id in layer.chunks:
+                return layer.chunks[chunk_id]
+        record = found.records.get(chunk_id)
+        return None if record is None else self._committed.decode(chunk_id, record)
+
+    def _add_live(self, live: Mapping[SegmentNo, int]) -> None:
+        for segment, by in live.items():
+            record = self.segments[segment]
+            self.segments[segment] = record._replace(live=record.live + by)
+            self.open.segments.add(segment)
+
+    def _free(self, chunk_id: ChunkId, chunk: Chunk) -> None:
+        layer = self.open
         layer.chunks[chunk_id] = None
         layer.freed[chunk_id] = chunk
-        layer.punches.append(Punch(segment, chunk.offset, length))
-        live[segment] -= length
+        segment, begin, length, punches = chunk.segment, chunk.offset, chunk.length, layer.punches
+        if punches:
+            last_segment, last_begin, last_length = punches[-1]
+            if last_segment == segment and last_begin + last_length == begin:  # As nearly always.
+                punches[-1] = Punch(segment, last_begin, last_length + length)
+                return
+        punches.append(Punch(segment, begin, length))
 
     # ── committing ──
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -24,10 +24,11 @@ import trio
 
 from cachefs import logs
 from cachefs.errors import CachefsError, RecordCorrupt, StoreFull
+from cachefs.store import turns
 from cachefs.store.format import ChunkId, Punch, SegmentNo, SpanNo, Table, ViewNo, ViewRecord
 from cachefs.store.index import Index, WriteSet
 from cachefs.store.landing import Landed, Lander
-from cachefs.store.ledger import Layer, Ledger
+from cachefs.store.ledger import Found, Layer, Ledger
 from cachefs.store.segments import Segments
 
 log = logs.get(__name__)
@@ -388,6 +389,8 @@ class Writer:
         group: list[Command] = []
         size = 0
         while self._queue and size < GROUP_BYTES:
+            if group and isinstance(self._queue[0], Drop):
+                break  # That is a group by itself.
             command = self._queue.popleft()
             if isinstance(command, _Flush):
                 self._flushing.append(command.done)
@@ -396,6 +399,8 @@ class Writer:
                 self._held.append(command)
                 continue
             group.append(command)
+            if isinstance(command, Drop):
+                break
             size += len(command.data) if isinstance(command, Land) else 256
         return group
 
@@ -437,7 +442,11 @@ class Writer:
         keep = trio.current_time() >= self._resume_s
         self._landing = True
         try:
-            outcome: _Outcome = await self._in_thread("landing", self._land_all, group, keep)
+            outcome: _Outcome
+            if isinstance(group[0], Drop):
+                outcome = await self._drop(group[0])
+            else:
+                outcome = await self._in_thread("landing", self._land_all, group, keep)
         except Exception as error:  # A bug in landing costs what had landed since the commit, not the mount.
             log.exception("unexpected failure of landing: going back to what is committed")
             self._give_up_group(group)
@@ -470,6 +479,24 @@ class Writer:
         self._asked.extend(outcome.asked)
         if outcome.short:
             self._hold(outcome.short)
+
+    async def _drop(self, command: Drop) -> _Outcome:
+        """On the loop, between reads: it is much work for Python, and nobody is in a hurry for it."""
+        spans = list(dict.fromkeys(command.spans))
+        with turns.changing_often():
+            found = await self._in_thread("looking up what goes", self._look_ahead, spans)
+        out, freed, on_loop = _Outcome(), 0, turns.OnLoop()
+        for view, span in spans:
+            dropped = await on_loop.run(self._lander.drop(view, span, found))
+            if dropped is not None:
+                out.publish(dropped[0])
+                freed += dropped[1]
+        out.asked.append((command.reply, freed))
+        return out
+
+    def _look_ahead(self, spans: Sequence[tuple[ViewNo, SpanNo]]) -> Found:
+        with self._ledger.batch():
+            return self._ledger.look_ahead(spans)
 
     def refuse(self, land: Land) -> None:
         """Its bytes are not kept."""
@@ -552,10 +579,6 @@ class Writer:
 
     def _do_asked(self, command: Asked, out: _Outcome) -> None:
         match command:
-            case Drop(spans, reply):
-                done = [found for span in spans if (found := self._lander.drop(*span)) is not None]
-                out.publish(*(landed for landed, _ in done))
-                out.asked.append((reply, sum(freed for _, freed in done)))
             case Mend(spans, reply):
                 done = [found for span in spans if (found := self._lander.mend(*span)) is not None]
                 out.publish(*(landed for landed, _ in done))
@@ -600,7 +623,8 @@ class Writer:
 
     async def _commit(self, layer: Layer, writes: WriteSet, told: _Told) -> None:
         try:
-            await self._in_thread("a commit", self._commit_in_thread, layer, writes)
+            with turns.changing_often() if layer.freed else nullcontext():
+                await self._in_thread("a commit", self._commit_in_thread, layer, writes)
         except (OSError, CachefsError) as error:
             self._commit_failed = error
             self._told_of_failure.append(told)  # When the readers were: see `_go_back`.
