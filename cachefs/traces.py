@@ -55,8 +55,6 @@ NOTED_MAX = 1 << 18
 FULL_BLOCKS = 64
 # Requests that wait for a place, so that guests can join them.
 AHEAD = 64
-# Before the link was measured only so much is asked for: what follows is cut as the link is.
-FIRST_BYTES = 8 << 20
 # Before each try; after a failure nothing more is asked for in one.
 PAUSES_S = (0.0, 1.0, 5.0)
 # What was replayed, and not kept, is not fetched again at each open.
@@ -124,7 +122,7 @@ class _Replay:
     view: StoredView
     flights: set[Flight] = field(default_factory=set)
     ahead: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(AHEAD))
-    measured: trio.Event = field(default_factory=trio.Event)  # What the link carries, as far as that will be.
+    one_ended: trio.Event = field(default_factory=trio.Event)  # The next one to end.
     error: OriginError | None = None
     bytes: int = 0
 
@@ -444,21 +442,41 @@ class Traces:
         if not absent:
             return
         log.debug("%d runs of its boot trace are absent", len(absent), image=view.record.image)
-        first = _as_many(absent, FIRST_BYTES) if not self._fetcher.link.rate else len(absent)
         async with trio.open_nursery() as flying:
-            for some in (absent[:first], absent[first:]):
-                if not some:
-                    break
-                planned = await trio.to_thread.run_sync(trace.requests, some, self._pace(view))
-                for extent in planned:
-                    await self._ask_for(replay, extent, flying)
-                    if not self._may_go_on(replay):
-                        return
-                self._note_measured(replay)
-                await replay.measured.wait()
+            while absent and not await self._ask_for_all(replay, absent, flying):
+                if not self._may_go_on(replay):
+                    return
+                absent = await self._not_asked_for(view, absent)
         if replay.error is None and replay.bytes:
             self.replayed += 1
             log.info("boot trace: %d bytes fetched ahead", replay.bytes, image=view.record.image)
+
+    async def _ask_for_all(self, replay: _Replay, needed: Sequence[Extent], flying: trio.Nursery) -> bool:
+        """Returns when all of it has come. False when it did not: the replay is over, or the link is not what it
+        was taken for; then what has not begun is asked for no more."""
+        pace = self._pace(replay.view)
+        for extent in await trio.to_thread.run_sync(trace.requests, needed, pace):
+            await self._ask_for(replay, extent, flying)
+            if not self._may_go_on(replay):
+                return False
+            if not pace.is_like(self._pace(replay.view)):
+                break
+        while replay.flights and pace.is_like(self._pace(replay.view)):
+            await replay.one_ended.wait()
+        if not replay.flights:
+            return True
+        for waiting in list(replay.flights):
+            self._fetcher.withdraw(waiting)
+        return False
+
+    async def _not_asked_for(self, view: StoredView, needed: Sequence[Extent]) -> list[Extent]:
+        found = []
+        for at, extent in enumerate(needed):
+            for gap in view.absent(extent):
+                found.extend(self._fetcher.not_under_way(view, gap))
+            if at % _PIECE == 0:
+                await trio.lowlevel.checkpoint()
+        return found
 
     def _pace(self, view: StoredView) -> Pace:
         link = self._fetcher.link
@@ -491,15 +509,12 @@ class Traces:
             flying.start_soon(self._watch, replay, flight, part)
             at = part.end
 
-    def _note_measured(self, replay: _Replay) -> None:
-        if self._fetcher.link.rate or not replay.flights:
-            replay.measured.set()
-
     async def _watch(self, replay: _Replay, flight: Flight, part: Extent) -> None:
         await flight.ended.wait()
         replay.flights.discard(flight)
         replay.ahead.release()
-        self._note_measured(replay)
+        replay.one_ended.set()
+        replay.one_ended = trio.Event()
         if flight.error is not None:
             replay.error = flight.error
         else:
@@ -574,13 +589,3 @@ def _checked(given: Sequence[object], now_s: float) -> list[tuple[bytes, _Known]
 def _is_called(key: bytes, content: str, kind: str) -> bool:
     found, of = f.split_trace_key(key)
     return found == content and of.name.lower() == kind
-
-
-def _as_many(extents: Sequence[Extent], most: int) -> int:
-    """How many of the first extents have `most` bytes, but at least one."""
-    total = 0
-    for n, extent in enumerate(extents):
-        total += extent.length
-        if total > most:
-            return max(n, 1)
-    return len(extents)

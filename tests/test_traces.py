@@ -528,6 +528,26 @@ async def test_what_the_link_carries_is_learnt_before_the_rest_is_cut(tmp_path: 
 
 
 @virtual_time
+async def test_a_link_that_was_taken_for_a_faster_one_is_noticed_on_the_way(tmp_path: Path) -> None:
+    """On a fast link the gaps cost less than requests of their own, and nearly all of the image would come."""
+    sparse = list(range(0, SIZE // BLOCK, 8))
+    async with node(tmp_path) as here:
+        here.close(await here.record(blocks=sparse))
+        await here.evict()
+    source = ScriptedSource(rate=25e6, cost_s=0.02)
+    async with node(tmp_path, source) as again:
+        again.way.fetcher.link.observe(0.1, 100 * MIB, 100 * MIB / 1e9)
+        again.open()
+        await again.calm()
+        assert set(sparse) <= set(asked_blocks(source))
+        assert not source.doubled
+        first = source.extents[0]
+        assert first.length > 2 * MIB, "as on a fast link"
+        assert sum(extent.length for extent in source.extents) < 0.75 * SIZE
+        assert source.extents[-1].length == BLOCK, "as on this one"
+
+
+@virtual_time
 async def test_a_miss_behind_the_trace_is_a_miss_as_ever(tmp_path: Path) -> None:
     async with node(tmp_path) as here:
         here.close(await here.record())

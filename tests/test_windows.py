@@ -56,12 +56,15 @@ def test_any_link_gives_whole_blocks_within_the_bounds(cost_s: float, rate: floa
     assert found % BLOCK == 0
 
 
-def test_the_first_rate_counts_whole_and_later_ones_a_quarter() -> None:
+def test_the_rate_is_that_of_the_last_bodies_together() -> None:
     link = Link()
     link.observe(0.040, 10 * MIB, 1.0)
     assert (link.cost_s, link.rate) == (0.040, 10 * MIB)
     link.observe(0.040, 2 * MIB, 1.0)
-    assert link.rate == pytest.approx(8 * MIB)
+    assert link.rate == pytest.approx(6 * MIB)
+    for _ in range(8):
+        link.observe(0.040, 20 * MIB, 1.0)
+    assert link.rate == pytest.approx(20 * MIB)
 
 
 def test_the_cost_is_the_least_of_the_last_ones() -> None:
@@ -80,13 +83,29 @@ def test_ten_requests_teach_a_changed_link() -> None:
     for _ in range(10):
         link.observe(0.050, MIB, MIB / 25e6)
     assert link.cost_s == pytest.approx(0.050, rel=0.1)
-    assert link.rate == pytest.approx(25e6, rel=3)
+    assert link.rate == pytest.approx(25e6)
 
 
 def test_a_short_body_says_nothing_of_the_rate() -> None:
     link = Link(0.020, 50e6)
     link.observe(0.020, BLOCK, 1e-6)
     assert link.rate == 50e6
+
+
+def test_bytes_that_waited_while_nobody_looked_are_no_rate_by_themselves() -> None:
+    link = Link()
+    link.observe(0.300, 9 * BLOCK, 0.0016)
+    assert not link.rate
+    link.observe(0.040, MIB, 0.0404)
+    assert link.rate == pytest.approx((9 * BLOCK + MIB) / 0.0420)
+
+
+def test_short_bodies_of_a_fast_link_are_measured_together() -> None:
+    link = Link()
+    link.observe(0.001, MIB // 2, MIB / 2 / 300e6)
+    assert not link.rate
+    link.observe(0.001, MIB // 2, MIB / 2 / 300e6)
+    assert link.rate == pytest.approx(300e6)
 
 
 def test_a_body_in_no_time_does_not_divide_by_it() -> None:

@@ -197,6 +197,10 @@ class Pace:
     rate: float
     at_once: int
 
+    def is_like(self, other: Pace) -> bool:
+        """Whether what was planned for one will do for the other."""
+        return self.rate <= _ALIKE * other.rate and other.rate <= _ALIKE * self.rate
+
     @property
     def cost_bytes(self) -> float:
         """What the link carries in the time that one request more takes."""
@@ -213,6 +217,7 @@ class Pace:
         return min(max(int(self.rate), _HORIZON_MIN), _HORIZON_MAX)
 
 
+_ALIKE = 1.5
 _REQUEST_S, _REQUEST_MIN, _REQUEST_MAX = 0.1, 512 << 10, 4 << 20
 _HORIZON_MIN, _HORIZON_MAX = 16 << 20, 256 << 20
 # Before anything is measured: as `plan.windows` takes it to be.

@@ -28,10 +28,11 @@ SEQUENTIAL_S = 0.5
 # The kernel reads ahead with several requests at once, which may reach us in another order.
 REORDER = 1 << 20
 
-# A new measure of the rate counts for a quarter: a change of the link is learnt in some ten requests.
-_WEIGHT = 0.25
 # A shorter body arrives in one burst and says nothing of the rate.
 _RATE_BYTES_MIN = 256 << 10
+# And so may a longer one, of bytes that waited in the kernel while Python was busy (seen: 15 times what the link
+# carried). So the last bodies count together, each for as long as it took.
+_BODIES_KEPT, _RATE_S_MIN = 8, 0.003
 # The tail of the last window delays the next first byte, so most measures of the cost are too high, and a larger
 # window would make them higher still: the least of the last ones is believed.
 _COSTS_KEPT = 16
@@ -43,6 +44,7 @@ class Link:
 
     cost_s: float = 0.0
     rate: float = 0.0
+    _bodies: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_BODIES_KEPT), repr=False)
     _costs_s: deque[float] = field(default_factory=lambda: deque(maxlen=_COSTS_KEPT), repr=False)
 
     def observe(self, first_byte_s: float, length: int, body_s: float) -> None:
@@ -50,9 +52,12 @@ class Link:
         `length` bytes in the `body_s` from there to its last."""
         self._costs_s.append(first_byte_s)
         self.cost_s = min(self._costs_s)
-        if length >= _RATE_BYTES_MIN and body_s > 0:
-            rate = length / body_s
-            self.rate = self.rate + _WEIGHT * (rate - self.rate) if self.rate else rate
+        if length < _RATE_BYTES_MIN or body_s <= 0:
+            return
+        self._bodies.append((length, body_s))
+        took_s = sum(body_s for _, body_s in self._bodies)
+        if took_s >= _RATE_S_MIN:
+            self.rate = sum(length for length, _ in self._bodies) / took_s
 
     @property
     def random_window(self) -> int:
