@@ -483,14 +483,14 @@ class Writer:
     async def _drop(self, command: Drop) -> _Outcome:
         """On the loop, between reads: it is much work for Python, and nobody is in a hurry for it."""
         spans = list(dict.fromkeys(command.spans))
+        out, freed, on_loop = _Outcome(), 0, turns.OnLoop()
         with turns.changing_often():
             found = await self._in_thread("looking up what goes", self._look_ahead, spans)
-        out, freed, on_loop = _Outcome(), 0, turns.OnLoop()
-        for view, span in spans:
-            dropped = await on_loop.run(self._lander.drop(view, span, found))
-            if dropped is not None:
-                out.publish(dropped[0])
-                freed += dropped[1]
+            for view, span in spans:
+                dropped = await on_loop.run(self._lander.drop(view, span, found))
+                if dropped is not None:
+                    out.publish(dropped[0])
+                    freed += dropped[1]
         out.asked.append((command.reply, freed))
         return out
 
@@ -614,17 +614,21 @@ class Writer:
     # ── committing ──
 
     async def _begin_commit(self, nursery: trio.Nursery) -> None:
-        layer, writes = await trio.to_thread.run_sync(self._ledger.seal)
+        with turns.changing_often() if self._ledger.open.freed else nullcontext():
+            layer, writes = await trio.to_thread.run_sync(self._ledger.seal)
         self._first_uncommitted_s = None
         told = _Told(self._flushing, self._asked)
         self._flushing, self._asked = [], []
         self._commit_done = trio.Event()
-        nursery.start_soon(self._commit, layer, writes, told)
+        nursery.start_soon(self._commit_aside, layer, writes, told)
+
+    async def _commit_aside(self, layer: Layer, writes: WriteSet, told: _Told) -> None:
+        with turns.changing_often() if layer.freed else nullcontext():
+            await self._commit(layer, writes, told)
 
     async def _commit(self, layer: Layer, writes: WriteSet, told: _Told) -> None:
         try:
-            with turns.changing_often() if layer.freed else nullcontext():
-                await self._in_thread("a commit", self._commit_in_thread, layer, writes)
+            await self._in_thread("a commit", self._commit_in_thread, layer, writes)
         except (OSError, CachefsError) as error:
             self._commit_failed = error
             self._told_of_failure.append(told)  # When the readers were: see `_go_back`.
