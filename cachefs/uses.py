@@ -18,7 +18,7 @@ import struct
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from cachefs import logs
 from cachefs.errors import RecordCorrupt
 from cachefs.plan.eviction import Group
 from cachefs.store import format as f
+from cachefs.store import turns
 from cachefs.store.format import USES_SPANS, SpanNo, Table, UseFlag, UsesRecord, ViewNo
 from cachefs.words import counted
 
@@ -47,7 +48,8 @@ BOOT_BYTES_MAX = 1 << 30
 # All boot sets together may claim this share of what the store may hold.
 BOOT_SHARE = 0.5
 
-_PIECE = 4096  # Spans or so that are worked on between two checkpoints: some 1 ms.
+_STEP = 16  # Spans that are worked on between two moments at which reads may come: some 20 µs.
+_YIELD_EVERY, _YIELD_S = 16, 0.002  # Records that a thread decodes before it lets others have Python's lock.
 _SAVE_PIECE = 64  # Groups.
 _U32_MAX = (1 << 32) - 1
 _TWICE, _BOOT = int(UseFlag.TWICE), int(UseFlag.BOOT)  # An enum's arithmetic takes ten times as long.
@@ -114,7 +116,7 @@ class Uses:
         while True:
             await trio.sleep(LOOK_S)
             try:
-                self.look()
+                await turns.OnLoop().run(self._looking())
                 if trio.current_time() >= saved_s + SAVE_S:
                     saved_s = trio.current_time()
                     self._forget_views()
@@ -163,12 +165,19 @@ class Uses:
 
     def look(self) -> None:
         """Takes up what reads and landings have left behind since the last look."""
+        for _ in self._looking():
+            pass
+
+    def _looking(self) -> Generator[None, None, None]:
+        """The same in steps, between which maps may come and go."""
         now_s = self._now_s()
         for view in self._store.views():
-            for span, span_map in view.maps.items():
-                if span_map.used:
+            for at, (span, span_map) in enumerate(list(view.maps.items()), 1):
+                if span_map.used and view.maps.get(span) is span_map:
                     span_map.used = False
                     self._touch(view.number, span, now_s)
+                if at % _STEP == 0:
+                    yield
         gone = self._store.used_and_forgotten
         while gone:
             self._touch(*gone.popleft(), now_s)
@@ -284,16 +293,21 @@ class Uses:
         if unreadable:
             records = counted(unreadable, "record")
             log.warning("%s of uses cannot be read: what they are of counts as used now", records)
-        for at, (view, _, group) in enumerate(loaded):
+        await turns.OnLoop().run(self._taking_up(loaded))
+
+    def _taking_up(self, loaded: Iterable[tuple[ViewNo, int, Group]]) -> Generator[None, None, None]:
+        for view, _, group in loaded:
             for i, was in enumerate(zip(group.last_s, group.flags, strict=True)):
                 if was != (0, 0):
                     self._put_back(view, group.first + i, was)
-            if at % (_PIECE // USES_SPANS) == 0:
-                await trio.lowlevel.checkpoint()
+                if i % _STEP == 0:
+                    yield
 
     def _load(self, now_s: int) -> tuple[int, list[tuple[ViewNo, int, Group]]]:
         unreadable, loaded = 0, []
-        for key, record in self._store.items(Table.USES):
+        for at, (key, record) in enumerate(self._store.items(Table.USES), 1):
+            if at % _YIELD_EVERY == 0:
+                time.sleep(_YIELD_S)
             try:
                 view, number = f.split_uses_key(key)
                 saved = UsesRecord.decode(key, record)
@@ -308,27 +322,31 @@ class Uses:
     async def reconcile(self) -> int:
         """Compares with the spans that the store has. Returns how many of them were not known."""
         now_s = self._now_s()
-        known = {
-            (view, number): group for view, groups in self._groups.items() for number, group in groups.items()
-        }
+        known = {view: dict(groups) for view, groups in self._groups.items()}
         unknown, gone = await trio.to_thread.run_sync(self._compare, known, now_s)
+        return await turns.OnLoop().run(self._putting_right(unknown, gone, now_s))
+
+    def _putting_right(
+        self, unknown: Mapping[ViewNo, array[int]], gone: Iterable[tuple[ViewNo, SpanNo, int]], now_s: int
+    ) -> Generator[None, None, int]:
         found = 0
         for view, spans in unknown.items():
-            for at, span in enumerate(spans):
+            for at, span in enumerate(spans, 1):
                 if not self.last_s(view, SpanNo(span)):
                     self._group(view, span).last_s[span % USES_SPANS] = now_s
                     self._changed.add((view, span // USES_SPANS))
                     self.came += 1
                     found += 1
-                if at % _PIECE == 0:
-                    await trio.lowlevel.checkpoint()
+                if at % _STEP == 0:
+                    yield
         for view, span, last_s in gone:
             if self.last_s(view, span) == last_s:
                 self.forget(view, span)
+            yield
         return found
 
     def _compare(
-        self, known: Mapping[tuple[ViewNo, int], Group], now_s: int
+        self, known: Mapping[ViewNo, Mapping[int, Group]], now_s: int
     ) -> tuple[dict[ViewNo, array[int]], list[tuple[ViewNo, SpanNo, int]]]:
         """In a thread: the spans that are here and not known, and those that are known and not here. Both are
         looked at again on the loop."""
@@ -336,7 +354,7 @@ class Uses:
         unknown: dict[ViewNo, array[int]] = {}
         for view, span in self._store.resident():
             number, i = divmod(span, USES_SPANS)
-            group = known.get((view, number))
+            group = known.get(view, {}).get(number)
             if group is None or not group.last_s[i]:
                 unknown.setdefault(view, array("I")).append(span)
             else:
@@ -344,7 +362,8 @@ class Uses:
         none = bytes(USES_SPANS)
         gone = [
             (view, SpanNo(group.first + i), last_s)
-            for (view, number), group in known.items()
+            for view, groups in known.items()
+            for number, group in groups.items()
             for i, (last_s, is_here) in enumerate(zip(group.last_s, here.get((view, number), none), strict=True))
             if last_s and not is_here and last_s + SETTLED_S < now_s
         ]

@@ -383,6 +383,7 @@ class Store:
             if not keys:
                 return
             key = keys[-1]
+            time.sleep(_YIELD_S)
 
     # ── images ──
 

@@ -6,8 +6,8 @@ and not urgent, is done on the loop itself, in short steps between which reads a
 be in a thread goes on beside it, because it waits for the disk, threads change more often.
 
 Measured while 2 GiB are evicted (`make bench ARGS="--quick evict"`), several times in turn: when all was in
-threads, 1.0 to 1.5 GiB/s and a 99th percentile of warm reads of 4.4 to 6.2 times the one without; like this, 1.4 to
-1.9 and 2.7 to 4.4. Threads that slept after every 40 µs besides gave 2.2 to 2.8, and half the rate.
+threads, 1.0 to 1.5 GiB/s and a 99th percentile of warm reads of 4.4 to 6.2 times the one without; like this, 1.4
+to 1.9 and 2.7 to 4.4. Threads that slept after every 40 µs besides gave 2.2 to 2.8, and half the rate.
 """
 
 from __future__ import annotations
