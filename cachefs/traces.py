@@ -454,17 +454,23 @@ class Traces:
     async def _ask_for_all(self, replay: _Replay, needed: Sequence[Extent], flying: trio.Nursery) -> bool:
         """Returns when all of it has come. False when it did not: the replay is over, or the link is not what it
         was taken for; then what has not begun is asked for no more."""
-        pace = self._pace(replay.view)
+        pace, came = self._pace(replay.view), replay.bytes
+
+        def is_another() -> bool:
+            # Only when something has come: a link that swings is not to have it planned again for nothing.
+            return replay.bytes > came and not pace.is_like(self._pace(replay.view))
+
         for extent in await trio.to_thread.run_sync(trace.requests, needed, pace):
             await self._ask_for(replay, extent, flying)
             if not self._may_go_on(replay):
                 return False
-            if not pace.is_like(self._pace(replay.view)):
+            if is_another():
                 break
-        while replay.flights and pace.is_like(self._pace(replay.view)):
-            await replay.one_ended.wait()
-        if not replay.flights:
-            return True
+        else:
+            while replay.flights and not is_another():
+                await replay.one_ended.wait()
+            if not replay.flights:
+                return True
         for waiting in list(replay.flights):
             self._fetcher.withdraw(waiting)
         return False
