@@ -26,7 +26,7 @@ from cachefs import logs
 from cachefs.blocks import Blocks
 from cachefs.bounds import TRACE_RESERVED_MAX
 from cachefs.control import Handler
-from cachefs.errors import ControlError, OriginError
+from cachefs.errors import ControlError, ImageCondemned, OriginError
 from cachefs.fetcher import TRANSLATIONS_MAX, Fetcher
 from cachefs.flights import Flight, Priority
 from cachefs.plan import trace, trace_file
@@ -512,7 +512,8 @@ class Traces:
         while at < extent.end:
             await replay.ahead.acquire()
             if view.cached:
-                await self._blocks.load(view, Extent(at, extent.end))
+                with suppress(ImageCondemned):  # As `_may_go_on` will say.
+                    await self._blocks.load(view, Extent(at, extent.end))
             # From here to the start no await: others fetch the same image.
             gaps = view.absent(Extent(at, extent.end))
             part = next((part for gap in gaps for part in self._fetcher.not_under_way(view, gap)), None)

@@ -605,6 +605,22 @@ async def test_a_link_that_swings_without_end_is_not_followed_for_ever(
 
 
 @virtual_time
+async def test_an_image_that_is_condemned_ends_its_replay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    far = list(range(0, SIZE // BLOCK, 5))
+    async with node(tmp_path) as here:
+        here.close(await here.record(blocks=far))
+        await here.evict()
+        asked = len(here.source.requests)
+        here.way.fetcher.link.observe(0.02, 100 * MIB, 20.0)  # Slow: each is a request of its own.
+        guest = here.open()
+        await until(lambda: guest.stored.cached > 0)
+        guest.stored.condemn("its hash is another")
+        await here.calm()
+        assert len(here.source.requests) - asked < len(far) // 2
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@virtual_time
 async def test_a_miss_behind_the_trace_is_a_miss_as_ever(tmp_path: Path) -> None:
     async with node(tmp_path) as here:
         here.close(await here.record())
