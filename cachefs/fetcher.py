@@ -216,6 +216,7 @@ class Fetcher:
             return self._begin(Flight(view, Extent(0, view.size), priority, whole=True))
         for queued in self._flights.get(view, ()):
             mergeable = not queued.started and not queued.whole and queued.priority <= priority
+            mergeable &= queued.at < queued.extent.end  # What was withdrawn comes to its end.
             mergeable &= queued.traced is (priority is Priority.TRACE)  # A trace is fetched exactly.
             small = extent.end - queued.extent.start <= TOGETHER_MAX
             if mergeable and small and queued.extent.end == extent.start:

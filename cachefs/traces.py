@@ -26,7 +26,7 @@ from cachefs import logs
 from cachefs.blocks import Blocks
 from cachefs.bounds import TRACE_RESERVED_MAX
 from cachefs.control import Handler
-from cachefs.errors import ControlError, OriginError
+from cachefs.errors import ControlError, ImageCondemned, OriginError
 from cachefs.fetcher import TRANSLATIONS_MAX, Fetcher
 from cachefs.flights import Flight, Priority
 from cachefs.plan import trace, trace_file
@@ -55,6 +55,8 @@ NOTED_MAX = 1 << 18
 FULL_BLOCKS = 64
 # Requests that wait for a place, so that guests can join them.
 AHEAD = 64
+# A link that is another one again and again is not followed for ever: the last plan is carried out.
+PLANS_MAX = 8
 # Before each try; after a failure nothing more is asked for in one.
 PAUSES_S = (0.0, 1.0, 5.0)
 # What was replayed, and not kept, is not fetched again at each open.
@@ -64,6 +66,8 @@ USED_S = 3600.0
 # Of a disk inside a qcow2, a byte of the guest's costs at least this much of the file.
 DENSITY_MIN = 0.25
 _PIECE = 64
+# At runs of a trace in one step of the loop: each takes some 30 µs beside many flights, and guests wait meanwhile.
+_LOOKS = 2
 
 
 class LeasesOfViews(Protocol):
@@ -437,13 +441,14 @@ class Traces:
 
     async def _replay(self, replay: _Replay, needed: list[Extent]) -> None:
         view = replay.view
-        # Spans that nobody has looked at count as absent here; they are looked at before they are asked for.
-        absent = [gap for extent in needed for gap in view.absent(extent)]
+        absent = await self._not_asked_for(view, needed)
         if not absent:
             return
         log.debug("%d runs of its boot trace are absent", len(absent), image=view.record.image)
         async with trio.open_nursery() as flying:
-            while absent and not await self._ask_for_all(replay, absent, flying):
+            for changes_left in reversed(range(PLANS_MAX)):
+                if not absent or await self._ask_for_all(replay, absent, flying, changes_left > 0):
+                    break
                 if not self._may_go_on(replay):
                     return
                 absent = await self._not_asked_for(view, absent)
@@ -451,30 +456,40 @@ class Traces:
             self.replayed += 1
             log.info("boot trace: %d bytes fetched ahead", replay.bytes, image=view.record.image)
 
-    async def _ask_for_all(self, replay: _Replay, needed: Sequence[Extent], flying: trio.Nursery) -> bool:
-        """Returns when all of it has come. False when it did not: the replay is over, or the link is not what it
-        was taken for; then what has not begun is asked for no more."""
-        pace = self._pace(replay.view)
+    async def _ask_for_all(
+        self, replay: _Replay, needed: Sequence[Extent], flying: trio.Nursery, may_change: bool
+    ) -> bool:
+        """Returns when all of it has come. False when it did not: the replay is over, or it `may_change` and the
+        link is not what it was taken for; then what has not begun is asked for no more."""
+        pace, came = self._pace(replay.view), replay.bytes
+
+        def is_another() -> bool:
+            # Only when something has come: a link that swings is not to have it planned again for nothing.
+            return may_change and replay.bytes > came and not pace.is_like(self._pace(replay.view))
+
         for extent in await trio.to_thread.run_sync(trace.requests, needed, pace):
             await self._ask_for(replay, extent, flying)
             if not self._may_go_on(replay):
                 return False
-            if not pace.is_like(self._pace(replay.view)):
+            if is_another():
                 break
-        while replay.flights and pace.is_like(self._pace(replay.view)):
-            await replay.one_ended.wait()
-        if not replay.flights:
-            return True
+        else:
+            while replay.flights and not is_another():
+                await replay.one_ended.wait()
+            if not replay.flights:
+                return True
         for waiting in list(replay.flights):
             self._fetcher.withdraw(waiting)
         return False
 
     async def _not_asked_for(self, view: StoredView, needed: Sequence[Extent]) -> list[Extent]:
+        """What of it is absent, and nobody brings. Spans that nobody has looked at count as absent: `_ask_for`
+        looks at them."""
         found = []
         for at, extent in enumerate(needed):
             for gap in view.absent(extent):
                 found.extend(self._fetcher.not_under_way(view, gap))
-            if at % _PIECE == 0:
+            if at % _LOOKS == 0:
                 await trio.lowlevel.checkpoint()
         return found
 
@@ -497,7 +512,8 @@ class Traces:
         while at < extent.end:
             await replay.ahead.acquire()
             if view.cached:
-                await self._blocks.load(view, Extent(at, extent.end))
+                with suppress(ImageCondemned):  # As `_may_go_on` will say.
+                    await self._blocks.load(view, Extent(at, extent.end))
             # From here to the start no await: others fetch the same image.
             gaps = view.absent(Extent(at, extent.end))
             part = next((part for gap in gaps for part in self._fetcher.not_under_way(view, gap)), None)

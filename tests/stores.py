@@ -28,7 +28,7 @@ from cachefs.plan.extents import PAGE, Extent, ceil, coalesce, pieces, subtract
 from cachefs.store import format as f
 from cachefs.store.content import Store
 from cachefs.store.format import Punch, SegmentNo, SpanNo, ViewKind, ViewNo
-from cachefs.store.health import Health, Patience
+from cachefs.store.health import Health, Patience, ToThread
 from cachefs.store.index import MAP_SIZE_FIRST, Index, Snapshot, WriteSet
 from cachefs.store.recover import Opened, open_store
 from cachefs.store.room import Limits
@@ -115,12 +115,13 @@ async def running(
     span_size: int | None = SPAN,
     commit_interval_s: float = 1.0,
     map_size: int = MAP_SIZE_FIRST,
+    health: Health | None = None,
 ) -> AsyncIterator[Store]:
     """A store whose writer runs; at the end everything is landed and committed, and the store is closed."""
     opened = open_store(folder, span_size, map_size)
     if edges is not None:
         opened = edges.around(opened)
-    store = Store(opened, limits, commit_interval_s, health=patient())
+    store = Store(opened, limits, commit_interval_s, health=patient() if health is None else health)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
@@ -135,10 +136,10 @@ class _Patient(Health):
         await trio.sleep_forever()
 
 
-def patient() -> Health:
+def patient(to_thread: ToThread = trio.to_thread.run_sync) -> Health:
     """For virtual time, which jumps while a thread works: nothing that a thread does is late, and there are no
     probes."""
-    return _Patient(patience=Patience(read_s=inf, write_s=inf))
+    return _Patient(to_thread=to_thread, patience=Patience(read_s=inf, write_s=inf))
 
 
 def view_of(store: Store, number: int, size: int) -> StoredView:

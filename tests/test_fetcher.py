@@ -371,6 +371,24 @@ async def test_misses_side_by_side_do_not_become_one_endless_request(tmp_path: P
     assert sum(e.length for e in source.extents[1:]) == 32 * MIB
 
 
+@virtual_time
+async def test_what_is_asked_for_again_is_kept_though_it_was_abandoned_before(tmp_path: Path) -> None:
+    release = trio.Event()
+    source = ScriptedSource(script={0: Stall(release)})
+    async with flow(tmp_path, source, connections=1) as way:
+        fetch(way, way.stored(2, SIZE), 0, BLOCK, Priority.DEMAND)
+        await quiet()
+        view = way.stored(1, 64 * MIB)
+        fetch(way, view, 16 * MIB, 17 * MIB, Priority.HYDRATION)
+        way.fetcher.abandon(view)
+        again = fetch(way, view, 16 * MIB, 17 * MIB, Priority.HYDRATION)
+        release.set()
+        await over(again)
+        await way.settled()
+        assert source.extents[1:] == [Extent(16 * MIB, 17 * MIB)]
+        assert view.cached == MIB
+
+
 # ── Memory ────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -162,6 +162,7 @@ class StoreMachine(RuleBasedStateMachine):
         # Small segments, so that one run fills several.
         for module in ("landing", "recover"):
             self.patch.setattr(f"cachefs.store.{module}.SEGMENT_SIZE", segment_pages * PAGE)
+        self.patch.setattr("cachefs.store.turns.STEP_S", 0.0)  # Others have a turn after each step.
         self.losses = random.Random(seed)
         self.contents = [patchwork(seed, size) for seed, size in images]
         self.kept = [set() for _ in images]
@@ -472,6 +473,52 @@ class StoreMachine(RuleBasedStateMachine):
         self.loop.call(evict)
         if not batch and not self.life_ended and not self.edges.commit_failed:
             self.loop.call(self.read_evicted, spans)
+        self.settle()
+
+    @rule(data=st.data(), fault=st.none() | st.tuples(st.sampled_from(Fate), st.integers(0, 4)))
+    def evict_in_storm(self, data: st.DataObject, fault: tuple[Fate, int] | None) -> None:
+        """Several evict the same, between its steps others read, quarantine, move and commit it, and something may
+        fail."""
+        spans = [self.draw_span(data) for _ in range(data.draw(st.integers(1, 4)))]
+        # And after these the same ones in other views, which share their chunks where the images are alike.
+        again = [(view, span) for _, span in spans for view, content in enumerate(self.contents) if content]
+        again = [(view, span) for view, span in again if span * SPAN < len(self.contents[view])]
+        batch = [self.draw_landing(data, whole=data.draw(st.booleans())) for _ in range(2)]
+        moves, jump = data.draw(st.booleans()), data.draw(st.booleans())
+        if data.draw(st.booleans()):
+            whole = [(v, n * SPAN // PAGE, min(SPAN, len(self.contents[v]) - n * SPAN)) for v, n in again]
+            self.loop.call(self.land_batch, [(v, first, ceil(size, PAGE) // PAGE) for v, first, size in whole])
+        self.flush()
+        if fault is not None:
+            self.edges.arm(fault[0], after=fault[1])
+        self.leaks |= moves
+
+        async def all_at_once() -> None:
+            life = self.life
+            assert life is not None
+            chunks = [f.split_chunk_key(key) for key, _ in life.store.items(f.Table.CHUNKS)]
+            sources = frozenset(life.store.segments.files)
+            async with trio.open_nursery() as nursery:
+                for part in (spans, *([one] for one in again)):
+                    named = [(self.views[view].number, SpanNo(span)) for view, span in part]
+                    nursery.start_soon(life.finish, partial(life.store.evict, named))
+                for view, span in (*spans, *again):
+                    if len(self.contents[view]) > span * SPAN and not self.rot_on_disk:
+                        nursery.start_soon(self.read_in_storm, view, span * SPAN, SPAN)
+                        nursery.start_soon(life.doubt, [(self.views[view], span * SPAN // PAGE)])
+                if moves:
+                    nursery.start_soon(life.finish, partial(life.store.move, chunks, sources))
+                for landing in batch:
+                    nursery.start_soon(self.land_one, life, *landing)
+                await trio.lowlevel.checkpoint()
+                if jump:
+                    self.loop.clock.jump(1.5)
+                nursery.start_soon(life.finish, life.store.remove_lifeless)
+            self.forget([*spans, *again])
+
+        self.forget([*spans, *again])
+        if not self.life_ended:
+            self.loop.call(all_at_once)
         self.settle()
 
     @property

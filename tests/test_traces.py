@@ -21,6 +21,7 @@ from cachefs.leases import Leases
 from cachefs.plan import trace
 from cachefs.plan.extents import BLOCK, Extent
 from cachefs.plan.trace_file import NamedTrace, to_fields
+from cachefs.plan.windows import Link
 from cachefs.store import format as f
 from cachefs.store.format import SpanNo, Table, TraceRecord, TraceRun, UseFlag, ViewKind
 from cachefs.store.room import Limits
@@ -545,6 +546,78 @@ async def test_a_link_that_was_taken_for_a_faster_one_is_noticed_on_the_way(tmp_
         assert first.length > 2 * MIB, "as on a fast link"
         assert sum(extent.length for extent in source.extents) < 0.75 * SIZE
         assert source.extents[-1].length == BLOCK, "as on this one"
+        assert again.traces.bytes_replayed == sum(extent.length for extent in source.extents)
+
+
+class Swinging(Link):
+    """It is said to carry something else at each look."""
+
+    @property
+    def rate(self) -> float:
+        self.looks = getattr(self, "looks", 0) + 1
+        return (20e6, 200e6)[self.looks % 2]
+
+    @rate.setter
+    def rate(self, measured: float) -> None:
+        pass
+
+
+@virtual_time
+async def test_what_is_here_already_is_no_end_of_a_replay_when_the_link_changes(tmp_path: Path) -> None:
+    async with node(tmp_path) as here:
+        here.close(await here.record())
+        view = here.way.stored(1, SIZE)
+        await here.way.store.evict([(view.number, SpanNo(span)) for span in range(1, view.spans)])
+    source = ScriptedSource()
+    async with node(tmp_path, source) as again:
+        again.way.fetcher.link = Swinging()
+        again.open()
+        await again.calm()
+        assert {block for block in BOOT if block * BLOCK >= SPAN} <= set(asked_blocks(source))
+
+
+@virtual_time
+async def test_a_link_that_swings_without_end_is_not_followed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = list(range(0, SIZE // BLOCK, 20))
+    plans = 0
+
+    def planned(needed: Iterable[Extent], pace: trace.Pace) -> list[Extent]:
+        nonlocal plans
+        plans += 1
+        return requests(needed, pace)
+
+    requests = trace.requests
+    async with node(tmp_path) as here:
+        here.close(await here.record(blocks=far))
+        await here.evict()
+    monkeypatch.setattr(trace, "requests", planned)
+    source = ScriptedSource(cost_s=5.0)
+    async with node(tmp_path, source) as again:
+        again.way.fetcher.link = Swinging()
+        again.open()
+        await again.calm()
+        assert set(far) <= set(asked_blocks(source))
+        assert not source.doubled
+        assert again.traces.bytes_replayed == sum(extent.length for extent in source.extents)
+        assert 1 < plans <= module.PLANS_MAX
+
+
+@virtual_time
+async def test_an_image_that_is_condemned_ends_its_replay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    far = list(range(0, SIZE // BLOCK, 5))
+    async with node(tmp_path) as here:
+        here.close(await here.record(blocks=far))
+        await here.evict()
+        asked = len(here.source.requests)
+        here.way.fetcher.link.observe(0.02, 100 * MIB, 20.0)  # Slow: each is a request of its own.
+        guest = here.open()
+        await until(lambda: guest.stored.cached > 0)
+        guest.stored.condemn("its hash is another")
+        await here.calm()
+        assert len(here.source.requests) - asked < len(far) // 2
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 @virtual_time

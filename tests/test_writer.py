@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -15,6 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from cachefs.plan.extents import PAGE, Extent
 from cachefs.store.check import check
 from cachefs.store.format import SpanNo
+from cachefs.store.view import StoredView
 from cachefs.store.writer import BACKOFF_S, PUNCH_ALONE
 from tests import stores
 from tests.stores import (
@@ -26,8 +29,10 @@ from tests.stores import (
     image_id,
     land,
     land_all,
+    leaked,
     padded,
     patchwork,
+    patient,
     random_bytes,
     read,
     running,
@@ -119,6 +124,48 @@ def test_landing_goes_on_while_the_disk_works(folder: Path) -> None:
 
     trio.run(main)
     assert check(folder).sound
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_what_is_dropped_while_a_commit_ends_is_counted_once(folder: Path, twins: bool) -> None:
+    """It was looked up before the end, and goes after it."""
+    edges = Edges()
+    held: list[Held] = []
+    ended = trio.Event()
+
+    async def to_thread(work: Callable[..., Any], *args: Any, **how: Any) -> Any:
+        done = await trio.to_thread.run_sync(work, *args, **how)
+        if held:
+            held.pop().go()
+            await ended.wait()
+        return done
+
+    async def main() -> None:
+        async with running(folder, edges=edges, commit_interval_s=inf, health=patient(to_thread)) as store:
+            views = [view_of(store, number, SPAN) for number in (1, 2)]
+            await land_all(store, views[0], CONTENT[:SPAN])
+            await land_all(store, views[1], CONTENT[:SPAN] if twins else CONTENT[SPAN:])
+            await store.writer.flush()
+            commit = Held(edges, Edge.COMMIT)
+            freed = []
+
+            async def evict(view: StoredView) -> None:
+                freed.append(await store.evict([(view.number, SpanNo(0))]))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(evict, views[0])
+                await commit.reached()
+                held.append(commit)
+                nursery.start_soon(evict, views[1])
+                while store.writer.commits < 2:
+                    await wait_all_tasks_blocked(0.001)
+                ended.set()
+            assert sum(freed) == (SPAN if twins else 2 * SPAN)
+            assert [await read(view, 0, 1) for view in views] == [None, None]
+
+    trio.run(main)
+    assert check(folder).sound
+    assert leaked(folder) == []
 
 
 def test_flush_with_nothing_to_do_returns(folder: Path) -> None:
