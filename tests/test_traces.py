@@ -605,7 +605,9 @@ async def test_a_link_that_swings_without_end_is_not_followed_for_ever(
 
 
 @virtual_time
-async def test_an_image_that_is_condemned_ends_its_replay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_image_that_is_condemned_ends_its_replay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     far = list(range(0, SIZE // BLOCK, 5))
     async with node(tmp_path) as here:
         here.close(await here.record(blocks=far))
