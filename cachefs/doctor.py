@@ -32,7 +32,7 @@ from cachefs.mountpoint import device_of, mounted
 from cachefs.options import plain_options
 from cachefs.shown import BOLD, STATE_COLOURS, coloured, columns_of, is_terminal
 from cachefs.sources.reasons import in_words
-from cachefs.store.folder import SEGMENTS
+from cachefs.store.folder import LOCK, SEGMENTS
 from cachefs.words import counted, padded, printable, size, wrapped
 
 if TYPE_CHECKING:
@@ -156,7 +156,11 @@ def _of(config: Config) -> list[tuple[str, Callable[[], Findings], str]]:
         ("FUSE", lambda: _fuse(config), ""),
         ("mountpoint", lambda: _mountpoint(mountpoint), abort),
         ("nova/", lambda: _nova(config), abort),
-        ("daemon", lambda: _daemon(where), "`cachefs debug tasks`, or SIGUSR1 and its log, show where it is"),
+        (
+            "daemon",
+            lambda: _daemon(where, path),
+            "`cachefs debug tasks`, or SIGUSR1 and its log, show where it is",
+        ),
         ("store", lambda: _store(config), disk),
         ("Glance", lambda: _glance(config), glance),
         ("other formats", _converter, ""),
@@ -362,11 +366,17 @@ def _unmounted(path: str) -> Finding:
 # ── The daemon and its store ──────────────────────────────────────────────────────────────────────────
 
 
-def _daemon(where: str) -> Findings:
+def _daemon(where: str, store: str) -> Findings:
     try:
         status = asking.ask(where, "status", wait_s=10.0)
     except ControlError as error:
-        if error.reason == asking.NOT_RUNNING:
+        holder = holder_of(Path(store) / LOCK)
+        if error.reason == asking.NOT_RUNNING and holder is not None:
+            yield problem(
+                "daemon", f"process {holder} has the store, and does not answer at {where}",
+                "give the commands the [control] socket that it was started with",
+            )  # fmt: skip
+        elif error.reason == asking.NOT_RUNNING:
             yield warning("daemon", "does not run", "systemctl start cachefs, or cachefs mount")
         elif error.reason == asking.NOT_ALLOWED:
             yield warning("daemon", f"{where}: this account may not ask it", "try sudo, or join its group")

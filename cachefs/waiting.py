@@ -46,13 +46,19 @@ def why_stalled(ask: Ask) -> str:
     except CachefsError as error:
         return str(error)
     for trouble in now["origin"]["images"].values():
-        return printable(trouble["error"])
+        return _plainly(trouble["error"])
     for endpoint in now["origin"]["endpoints"]:
         if endpoint["state"] != "closed":
-            return printable(str(endpoint["last_error"]))
+            return _plainly(str(endpoint["last_error"]))
     if now["ready"]["reasons"]:
         return printable(now["ready"]["reasons"][0])
     return "guests come first" if now["reads"]["waiting"] else ""
+
+
+def _plainly(said: str) -> str:
+    """Without the name of the failure, for which there is no room in one line."""
+    name, _, rest = said.partition(": ")
+    return printable(rest if rest and name.isalpha() and name[0].isupper() else said)
 
 
 def scrubbed(ask: Ask, *, quiet: bool) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from cachefs.config_sample import sample
 from cachefs.hiding import HIDDEN, Hiding
 from cachefs.options import plain_options
 from tests.cloud.service import clean_environment, poll_until
-from tests.node import ROOT, Node, errno_of, read_direct
+from tests.node import ROOT, Node, errno_of, read_direct, run_command
 from tests.origin import IgnoreRange, Kind, OriginImage, ScriptedOrigin, Stall, Status, pattern
 
 MIB: Final = 1 << 20
@@ -183,6 +183,18 @@ def test_doctor_of_a_node_that_is_well_and_of_one_that_died(origin: ScriptedOrig
         assert f"in use by process {node.pid}" in found["store"][0]["found"]
         text = node.cli("doctor")
         assert text.stdout.splitlines()[-1] == "0 problems, 0 warnings"
+        # Asked at another socket than its own.
+        other = tmp_path / "other.conf"
+        socket = next(line for line in node.config_file.read_text().splitlines() if line.startswith("socket"))
+        other.write_text(node.config_file.read_text().replace(socket, f"socket = {tmp_path / 'other.sock'}"))
+        (said,) = [
+            one
+            for one in json.loads(run_command("doctor", "--json", "--config-file", str(other)).stdout)["checks"]
+            if one["check"] == "daemon"
+        ]
+        assert said["state"] == "problem"
+        assert f"process {node.pid} has the store" in said["found"]
+        assert "[control] socket" in said["mend"]
         # A daemon that hangs, and a mount with it.
         os.kill(node.pid, signal.SIGSTOP)
         began_s = time.monotonic()

@@ -81,6 +81,17 @@ def test_what_is_pinned_or_open_is_not_evicted_and_the_rest_is(origin: ScriptedO
     assert check(node.store).sound
 
 
+def test_what_is_evicted_takes_no_blocks_any_more(origin: ScriptedOrigin, tmp_path: Path) -> None:
+    """Though the kernel may keep for a minute what it knows of a whole file."""
+    with Node(tmp_path, origin.url) as node:
+        for _ in range(2):
+            fill(node, A)
+            node.wait_for_status(lambda _: node.path(A).stat().st_blocks == SIZE // 512)
+            assert told(node, "evict", A)[0]["done"]
+            blocks = [node.path(A).stat().st_blocks for _ in range(100) if node.status()]
+            assert blocks[-1] == 1
+
+
 def test_pins_are_bounded_by_a_share_of_the_store(origin: ScriptedOrigin, tmp_path: Path) -> None:
     with Node(tmp_path, origin.url, store={"max_size": "160M", "pin_share": "50%"}) as node:
         assert node.cli("pin", A).returncode == 0
