@@ -370,14 +370,8 @@ def _daemon(where: str, store: str) -> Findings:
     try:
         status = asking.ask(where, "status", wait_s=10.0)
     except ControlError as error:
-        holder = holder_of(Path(store) / LOCK)
-        if error.reason == asking.NOT_RUNNING and holder is not None:
-            yield problem(
-                "daemon", f"process {holder} has the store, and does not answer at {where}",
-                "give the commands the [control] socket that it was started with",
-            )  # fmt: skip
-        elif error.reason == asking.NOT_RUNNING:
-            yield warning("daemon", "does not run", "systemctl start cachefs, or cachefs mount")
+        if error.reason == asking.NOT_RUNNING:
+            yield _silent(where, holder_of(Path(store) / LOCK))
         elif error.reason == asking.NOT_ALLOWED:
             yield warning("daemon", f"{where}: this account may not ask it", "try sudo, or join its group")
         else:
@@ -396,6 +390,17 @@ def _daemon(where: str, store: str) -> Findings:
             "take PrivateTmp=, ProtectSystem= and the like out of its unit (systemctl cat cachefs); "
             "to a container, give the mount with propagation",
         )
+
+
+def _silent(where: str, holder: str | None) -> Finding:
+    """Nobody listens at the socket; `holder` is the process that has the store."""
+    if holder is None:
+        return warning("daemon", "does not run", "systemctl start cachefs, or cachefs mount")
+    return problem(
+        "daemon", f"process {holder} has the store, and does not answer at {where}",
+        "give the commands the [control] socket that it was started with; a daemon that has just started, or "
+        "cachefs check, is waited for",
+    )  # fmt: skip
 
 
 def _scratch(nova: dict[str, Any] | None) -> Findings:

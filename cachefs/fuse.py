@@ -767,7 +767,7 @@ class Mount:
     def drop_attributes(self, image: Image) -> None:
         """Has the kernel ask again how much of the image's files is here."""
         for inode in self._filesystem.inodes_of(image) if self._mounted else ():
-            self._notices.put(partial(pyfuse3.invalidate_inode, pyfuse3.InodeT(inode), True))
+            self._notices.put(partial(pyfuse3.invalidate_inode, pyfuse3.InodeT(inode), attr_only=True))
 
     def close(self) -> None:
         """Unmounts, lazily where files are open; their readers get an error from now on."""

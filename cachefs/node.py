@@ -58,7 +58,7 @@ from cachefs.sources.measured import Measured
 from cachefs.stacks import Stacks
 from cachefs.status import Parts, Status
 from cachefs.store.content import Store
-from cachefs.store.format import ViewKind, ViewNo
+from cachefs.store.format import ViewKind
 from cachefs.store.health import State
 from cachefs.store.room import Limits
 from cachefs.store.view import READ_MAX, StoredView
@@ -155,9 +155,9 @@ class Node:
 
         store.on_full = self.evictor.on_full
         store.on_rot = self.scrubber.rot_found
-        self._partial: set[ViewNo] = set()  # Views that lost something since they were whole at last.
         store.on_loss = self._lost
         store.on_whole = self._became_whole
+        store.on_partial = self._became_partial
         store.digests.on_changed = lambda view, offset: self.catalog.learn_changed(view.record.image, offset)
         self.filesystem.on_touch = self._touched
         if self.nova is not None:
@@ -287,19 +287,19 @@ class Node:
         self.evictor.begin_evicting(image, looked=False)
 
     def _lost(self, view: StoredView) -> None:
-        if view.number not in self._partial:  # Of a whole file the kernel keeps for a minute how much is here.
-            self._partial.add(view.number)
-            if (image := self.catalog.known(view.record.image)) is not None:
-                self.mount.drop_attributes(image)
         if view.record.kind is ViewKind.ORIGINAL:
             self.catalog.learn_loss(view.record.image)
         self.verifier.lost(view)
         self.derivation.lost(view)
 
     def _became_whole(self, view: StoredView) -> None:
-        self._partial.discard(view.number)
         self.verifier.settled(view)
         self.hydrator.became_whole(view)
+
+    def _became_partial(self, view: StoredView) -> None:
+        # Of a whole file the kernel keeps for a minute how much is here.
+        if (image := self.catalog.known(view.record.image)) is not None:
+            self.mount.drop_attributes(image)
 
     def _gone(self, image: Image) -> None:
         if self.catalog.known(image.id) is not None:  # Else it was let go, and forgotten.

@@ -67,6 +67,8 @@ def test_what_a_step_raises_is_raised() -> None:
 
 def test_threads_change_often_until_the_last_who_wants_it() -> None:
     sys.setswitchinterval(0.003)
+    with turns.changing_often(wanted=False):
+        assert sys.getswitchinterval() == pytest.approx(0.003)
     with turns.changing_often():
         with pytest.raises(KeyError), turns.changing_often():
             raise KeyError

@@ -5,7 +5,6 @@ changed by the writer only; what is asked for here goes into its queue.
 from __future__ import annotations
 
 import errno
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -20,6 +19,7 @@ from cachefs.errors import RecordCorrupt, StoreError
 from cachefs.plan.compaction import Sealed
 from cachefs.plan.extents import PAGE, ceil
 from cachefs.store import format as f
+from cachefs.store import turns
 from cachefs.store.committed import CommittedIndex
 from cachefs.store.digests import Digests
 from cachefs.store.format import OriginMode, SpanNo, Table, ViewKind, ViewNo, ViewRecord
@@ -56,7 +56,6 @@ DISK_READS_MAX = 64
 _KEYS_AT_ONCE = 4096
 # Looking up a span's chunks touches some 16 pages of the index.
 _TRIM_EVERY = 256
-_YIELD_S = 0.002
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -80,6 +79,7 @@ class Store:
         self.on_full: Callable[[int], None] | None = None
         self.on_loss: Callable[[StoredView], None] = lambda view: None  # Something of it went.
         self.on_whole: Callable[[StoredView], None] = lambda view: None  # Its last byte has come.
+        self.on_partial: Callable[[StoredView], None] = lambda view: None  # It was whole until now.
         self.on_rot: Callable[[Sequence[f.ChunkId]], None] = lambda chunks: None
         self.used_and_forgotten: deque[tuple[ViewNo, int]] = deque(maxlen=MAPS_MAX)  # Spans whose maps went.
         self._opened = opened
@@ -311,7 +311,7 @@ class Store:
                 return found
             found.extend(f.split_chunk_key(key) for key, record in records if f.segment_of(record) in segments)
             key = records[-1][0]
-            time.sleep(_YIELD_S)  # Python's lock to others.
+            turns.rest()
 
     async def remove_lifeless(self) -> int:
         """Removes the segments in which no chunk lies. Returns how many."""
@@ -383,7 +383,7 @@ class Store:
             if not keys:
                 return
             key = keys[-1]
-            time.sleep(_YIELD_S)
+            turns.rest()
 
     # ── images ──
 
@@ -470,6 +470,8 @@ class Store:
             if number in self._views:  # What was decided since, and not committed, still stands.
                 mine = self._views[number]
                 if record.cached < mine.record.cached:
+                    if mine.complete:
+                        self.on_partial(mine)
                     self.on_loss(mine)
                 mine.record = mine.record.with_cached(record.cached)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TypeVar
 
 import trio
@@ -27,6 +27,8 @@ STEP_S = 40e-6
 # How long a thread keeps Python's lock when another wants it. For always `daemon` has a longer one: each change
 # costs both, and much of what is fetched goes through threads.
 SWITCH_INTERVAL_S = 50e-6
+# Work of a thread that nobody waits for stands still so long after each millisecond or two of it.
+REST_S = 0.002
 
 _quick = 0
 _before_s = 0.0
@@ -52,9 +54,12 @@ class OnLoop:
 
 
 @contextmanager
-def changing_often() -> Iterator[None]:
-    """Threads change often for the length of a `with`, which may hold others. On the loop."""
+def changing_often(*, wanted: bool = True) -> Iterator[None]:
+    """Threads change often for the length of a `with`, which may hold others, if that is `wanted`. On the loop."""
     global _quick, _before_s
+    if not wanted:
+        yield
+        return
     if not _quick:
         _before_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -65,3 +70,8 @@ def changing_often() -> Iterator[None]:
         _quick -= 1
         if not _quick:
             sys.setswitchinterval(_before_s)
+
+
+def rest() -> None:
+    """Leaves Python's lock to others for REST_S. In a thread."""
+    sleep(REST_S)

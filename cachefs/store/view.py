@@ -43,6 +43,7 @@ class ViewStore(DiskReadStore, Protocol):
     health: Health
     on_loss: Callable[[StoredView], None]
     on_whole: Callable[[StoredView], None]
+    on_partial: Callable[[StoredView], None]
 
     async def read_disk(self, what: str, work: Callable[[*Args], T], *args: *Args) -> T: ...
     def span_pages(self, size: int, base: int) -> int: ...
@@ -308,6 +309,8 @@ class StoredView:
         was = self.record.cached
         self.record = self.record.with_cached(landed.cached)
         if landed.cached < was:
+            if was >= self.record.size:
+                self._store.on_partial(self)
             self._store.on_loss(self)
         elif was < self.record.size <= landed.cached:
             self._store.on_whole(self)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -614,7 +614,7 @@ class Writer:
     # ── committing ──
 
     async def _begin_commit(self, nursery: trio.Nursery) -> None:
-        with turns.changing_often() if self._ledger.open.freed else nullcontext():
+        with turns.changing_often(wanted=bool(self._ledger.open.freed)):
             layer, writes = await trio.to_thread.run_sync(self._ledger.seal)
         self._first_uncommitted_s = None
         told = _Told(self._flushing, self._asked)
@@ -623,7 +623,7 @@ class Writer:
         nursery.start_soon(self._commit_aside, layer, writes, told)
 
     async def _commit_aside(self, layer: Layer, writes: WriteSet, told: _Told) -> None:
-        with turns.changing_often() if layer.freed else nullcontext():
+        with turns.changing_often(wanted=bool(layer.freed)):
             await self._commit(layer, writes, told)
 
     async def _commit(self, layer: Layer, writes: WriteSet, told: _Told) -> None:
