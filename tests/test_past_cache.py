@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import mmap
 import os
 import subprocess
@@ -22,6 +20,7 @@ from cachefs.store.format import OriginMode, SegmentNo
 from cachefs.store.health import State
 from cachefs.store.segments import Segments
 from cachefs.store.view import StoredView
+from tests import resident
 from tests.flow import Flow, ScriptedSource, flow, quiet, until, virtual_time
 from tests.stores import SPAN, flip, in_pages, land, padded, random_bytes, read, running, segment_file, view_of
 
@@ -65,18 +64,8 @@ async def pass_by(store: Store, view: StoredView, content: bytes) -> None:
 
 
 def cached_pages(folder: Path) -> set[int]:
-    """Which pages of the first segment the kernel has in its cache. (To read them, even without waiting, would
-    bring them there.)"""
-    path = segment_file(folder)
-    libc = ctypes.CDLL(None, use_errno=True)
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-        pages = -(-len(mapped) // PAGE)
-        there = (ctypes.c_ubyte * pages)()
-        start = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        failed = libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(mapped)), there)
-        assert not failed, os.strerror(ctypes.get_errno())
-        gc.collect()  # What was made of `mapped` just now would keep it from being closed.
-    return {page for page in range(pages) if there[page] & 1}
+    """Which pages of the first segment the kernel has in its cache."""
+    return resident.cached_pages(segment_file(folder))
 
 
 def test_what_lands_in_passing_is_not_in_the_cache_until_it_is_read(cold: Path) -> None:
