@@ -4,6 +4,7 @@ the other; nothing here decides which are asked for, or when.
 
 from __future__ import annotations
 
+import mmap
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -335,6 +336,20 @@ class FlightSink:
             if slab is not None:
                 self._begin(slab)
         return None if self._slab is None else self._place(self._slab)
+
+    async def take(self, whole: mmap.mmap) -> mmap.mmap | None:
+        """The next bytes are all of `whole`, and it becomes the slab: nothing is copied. Returns what the caller
+        has in its place; None, and takes nothing, where these bytes are no slab by themselves."""
+        room = await self.room()
+        slab = self._slab
+        assert slab is not None, "there is room"
+        before = slab.data.obj
+        assert isinstance(before, mmap.mmap)
+        if self.at != slab.start or not len(whole) == len(room) == len(before):
+            return None
+        slab.data = memoryview(whole)
+        self.arrived(len(whole))
+        return before
 
     def awaited(self, n: int) -> bool:
         return self.at + n >= self._flight.wanted

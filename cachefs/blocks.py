@@ -108,8 +108,9 @@ class Blocks:
         as urgent."""
         return await self.read(view, extent.start, extent.length, Pattern(), just=True, within=within)
 
-    async def fetch_just(self, view: StoredView, extent: Extent, within: Flight) -> None:
-        """Sees to it that what is absent of the blocks of `extent` is on its way: each gap as one request."""
+    async def fetch_just(self, view: StoredView, extent: Extent, within: Flight | None = None) -> None:
+        """Sees to it that what is absent of the blocks of `extent` is on its way: each gap as one request.
+        `within`: as in `read_just`."""
         reading = _Reading(view, extent, trio.current_time(), just=True, fails=False, within=within)
         await self._start_missing(reading, extent, Pattern())
 

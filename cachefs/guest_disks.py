@@ -33,7 +33,7 @@ from cachefs.fetcher import Fetcher
 from cachefs.flights import Flight
 from cachefs.formats.inspection import Inspection, guest_disk_inspection
 from cachefs.formats.qcow2 import Mapping, Need
-from cachefs.formats.qcow2_fetch import reach
+from cachefs.formats.qcow2_fetch import front, reach
 from cachefs.formats.qcow2_header import HEAD_MAX, Header
 from cachefs.plan.extents import BLOCK, Extent, floor
 from cachefs.sources import Source
@@ -155,6 +155,9 @@ class GuestDisks:
         self._learn(image, Disk(size=verdict.virtual_size, format=verdict.real_format, seen=plain))
 
     async def _inspect_inside(self, image: Image, view: StoredView, disk: Disk) -> None:
+        original = self.original_of(view)
+        if original is not None:
+            await self._fetch_front(original)
         inspection = guest_disk_inspection(view.size)
         while (extent := inspection.wants()) is not None:
             inspection.feed(extent.start, await self._exactly(view, extent))
@@ -164,6 +167,15 @@ class GuestDisks:
             self._learn(image, Disk(size=disk.size, format=disk.format, seen=True))
         else:
             self._learn(image, Disk(refused=verdict.reason))
+
+    async def _fetch_front(self, original: StoredView) -> None:
+        """What the first cluster of the disk needs comes with one request."""
+        try:
+            extent = front((await self.mapping(original)).header)
+        except FormatError:
+            return  # Who reads it meets that.
+        if extent is not None:
+            await self._blocks.fetch_just(original, extent)
 
     def _still(self, image: Image) -> Image:
         """The same image, as it is known now. Raises NoEntry when it is gone, whatever has its id by now."""

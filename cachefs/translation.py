@@ -6,8 +6,8 @@ close together in the file are one group, and have few large requests in common:
 a MiB does. A step begins as soon as its own part has come. What lies scattered is fetched step by step, and piece
 by piece.
 
-Bytes: each flight has a few steps of at most ROOM; the bodies of all flights together take FETCHES_MAX. A group
-takes what it needs at once, and whoever holds some of it needs no more to be done: so nobody waits for ever.
+Bytes: each flight has a few steps of at most STEP_MAX; the bodies of all flights together take FETCHES_MAX. A
+group takes what it needs at once, and whoever holds some of it needs no more to be done: so nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cachefs.flights import Flight
 from cachefs.formats.decompress import decompress
 from cachefs.formats.qcow2 import Compressed, Data, Mapping, Need, Piece, Zero
 from cachefs.formats.qcow2_fetch import Fetch, Placed, Plan, sequential_plan
-from cachefs.formats.qcow2_header import CLUSTER_BITS_MAX, Header
+from cachefs.formats.qcow2_header import Header
 from cachefs.huge import place
 from cachefs.plan.extents import BLOCK, Extent, ceil, coalesce, pieces
 from cachefs.store.content import Store
@@ -38,12 +38,13 @@ from cachefs.store.view import StoredView
 
 # What of the disk is translated in one go: little first, so that who waits for the first byte does not wait long.
 STEP_FIRST, STEP_MAX = 512 << 10, 4 << 20
-# Where a step's bytes are put together: it ends on a cluster. Those that are over are kept for others.
-ROOM, ROOMS_MAX = STEP_MAX + (1 << CLUSTER_BITS_MAX), 4
+# A step's bytes are put together in a place of its own. No step passes a multiple of STEP_MAX, which is a span: so
+# most places become slabs as they are. Those that did not are kept for other steps.
+ROOMS_MAX = 4
 # So many steps are under way at once in one flight.
 STEPS_AT_ONCE = 3
 # What the steps of one group want of the file, and what may be fetched for it with all that lies between.
-GROUP_BYTES, GROUP_MAX = 8 << 20, 12 << 20
+GROUP_BYTES, GROUP_MAX = 14 << 20, 16 << 20
 # Of the bodies of all flights.
 FETCHES_MAX = 48 << 20
 # Fetched along where it lies between two wanted extents of the file: cheaper than another request.
@@ -57,7 +58,7 @@ UNPACK_BATCH, UNPACK_AT_ONCE = 1 << 20, 2
 # Tables that others push out while one waits for its own are asked for again so often.
 LOOKUPS_MAX = 16
 
-_ZEROS = bytes(ROOM)
+_ZEROS = bytes(STEP_MAX)
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +299,7 @@ class Translator:
     def _make_room(self, step: _Step) -> None:
         if all(isinstance(piece, Zero) for piece in step.pieces):
             return
-        step.room = self._rooms.pop() if self._rooms else place(ROOM)
+        step.room = self._rooms.pop() if self._rooms else place(STEP_MAX)
         at = 0
         for piece in step.pieces:
             if isinstance(piece, Zero):
@@ -332,6 +333,11 @@ class Translator:
         await step.done.wait()
         if step.error is not None:
             return step.error
+        if step.room is not None and step.extent.length == len(step.room):
+            given = await sink.take(step.room)
+            if given is not None:
+                self._keep_room(given)
+                return None
         data = memoryview(_ZEROS if step.room is None else step.room)
         at, end = 0, step.extent.length
         while at < end:
@@ -340,9 +346,13 @@ class Translator:
             room[:n] = data[at : at + n]
             sink.arrived(n)
             at += n
-        if step.room is not None and len(self._rooms) < ROOMS_MAX:
-            self._rooms.append(step.room)
+        if step.room is not None:
+            self._keep_room(step.room)
         return None
+
+    def _keep_room(self, room: mmap.mmap) -> None:
+        if len(self._rooms) < ROOMS_MAX:
+            self._rooms.append(room)
 
 
 class _Body:
@@ -409,10 +419,11 @@ def _memory(size: int) -> mmap.mmap:
 
 
 def _steps(whole: Extent, cluster: int) -> Iterator[Extent]:
-    """`whole` in pieces that grow, and end on clusters."""
+    """`whole` in pieces that grow, and end on clusters; none passes a multiple of STEP_MAX."""
+    assert STEP_MAX % cluster == 0, "it ends on a cluster as well"
     at, length = whole.start, STEP_FIRST
     while at < whole.end:
-        end = min(ceil(at + length, cluster), whole.end)
+        end = min(ceil(at + length, cluster), ceil(at + 1, STEP_MAX), whole.end)
         yield Extent(at, end)
         at, length = end, min(length * 2, STEP_MAX)
 

@@ -34,18 +34,18 @@ from cachefs.plan.extents import BLOCK, Extent
 from cachefs.sources import Sink, Timing
 from cachefs.store.format import SpanNo, ViewKind
 from cachefs.store.room import Limits
-from cachefs.translation import FETCHES_MAX
+from cachefs.translation import FETCHES_MAX, STEP_MAX
 from cachefs.views.stored import StoredFile
 from tests import test_qcow2 as qcow2
 from tests.flow import Flow, Refuse, ScriptedSource, Stall, flow, until, virtual_time
 from tests.qcow2_zoo import qemu
-from tests.stores import UNLIMITED, examples, image_id
+from tests.stores import SPAN, UNLIMITED, examples, image_id
 from tests.test_catalog import ScriptedRegistry, answer
 
 stock = qcow2.stock  # The fixture.
 
 KIB, MIB = 1 << 10, 1 << 20
-ONE = 1
+ONE, TWO = 1, 2
 
 
 @dataclass
@@ -110,11 +110,18 @@ async def den(
     limits: Callable[[], Limits] = lambda: UNLIMITED,
     memory_max: int = MEMORY_MAX,
     read_deadline_s: float = 60.0,
+    span_size: int = SPAN,
     **source: Any,
 ) -> AsyncIterator[Den]:
     made = FileSource(**source)
     async with flow(
-        folder, made, doubling_allowed=True, limits=limits, memory_max=memory_max, read_deadline_s=read_deadline_s
+        folder,
+        made,
+        doubling_allowed=True,
+        limits=limits,
+        memory_max=memory_max,
+        read_deadline_s=read_deadline_s,
+        span_size=span_size,
     ) as joined:
         registry = ScriptedRegistry()
         catalog = Catalog(registry, joined.store)
@@ -174,6 +181,19 @@ async def test_many_that_open_one_image_at_once_inspect_it_once(tmp_path: Path) 
         assert here.known() == Disk(size=SMALL_SIZE, format="qcow2", seen=True)
 
 
+@qcow2.needs_qemu
+@virtual_time
+async def test_two_requests_open_a_cold_image(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Its header tells where the tables are; those and the first cluster come together."""
+    folder = tmp_path_factory.mktemp("open")
+    file, disk = converted(folder, "-c")
+    async with den(folder / "store", {ONE: file}) as here:
+        view = await here.open()
+        assert len(here.source.requests) == 2
+        assert here.source.fetched <= 4 * BLOCK, "header, two tables, one cluster"
+        assert bytes(await view.read(0, 4096)) == disk[:4096]
+
+
 @virtual_time
 async def test_a_failed_inspection_is_everybodys_failure_at_once(tmp_path: Path) -> None:
     """And not one after the other's."""
@@ -222,6 +242,35 @@ async def test_many_readers_of_one_cold_image_fetch_each_byte_once(
         asked = len(here.source.requests)
         assert await whole() == disk
         assert len(here.source.requests) == asked
+
+
+@qcow2.needs_qemu
+@virtual_time
+async def test_memory_that_steps_and_slabs_hand_to_each_other_is_whose_it_is(tmp_path: Path) -> None:
+    """Spans of the size of a step: what was unpacked becomes a slab, and the slab's place one of later steps. Two
+    disks are read from both ends at once, with memory for few of them."""
+    disks = {}
+    for number in (ONE, TWO):
+        source, image = tmp_path / f"source-{number}", tmp_path / f"image-{number}"
+        words = range(number << 32, (number << 32) + 42 * MIB // 64)
+        source.write_bytes(disk := b"".join(b"%063d\n" % word for word in words))
+        qemu("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", source, image)
+        disks[number] = disk, image.read_bytes()
+    files = {number: file for number, (_, file) in disks.items()}
+    async with den(tmp_path / "store", files, memory_max=40 * MIB, span_size=STEP_MAX) as here:
+
+        async def whole(number: int, start: int) -> None:
+            view, disk = await here.open(number), disks[number][0]
+            for offset in (*range(start, len(disk), MIB), *range(0, start, MIB)):
+                assert bytes(await view.read(offset, MIB)) == disk[offset : offset + MIB], offset
+
+        for _ in range(2):  # And once more, as it was kept.
+            async with trio.open_nursery() as nursery:
+                for number in disks:
+                    for start in (0, 21 * MIB):
+                        nursery.start_soon(whole, number, start)
+            await here.flow.settled()
+        assert here.flow.store.writer.lander.rotten_found == 0
 
 
 @qcow2.needs_qemu
@@ -304,8 +353,11 @@ async def test_a_window_is_as_long_as_a_request_is_worth_in_bytes_of_the_file(tm
         asked = len(here.source.requests)
         assert bytes(await view.read(30 * MIB, 64 * KIB)) == disk[30 * MIB : 30 * MIB + 64 * KIB]
         assert len(here.source.requests) == asked
+        await here.flow.settled()
+        stored, before = here.flow.store.known_view(image_id(ONE), ViewKind.RAW), Extent(18 * MIB, 20 * MIB)
+        assert stored is not None
+        assert stored.absent(before) == [before], "a window goes forward"
         assert bytes(await view.read(18 * MIB, 4096)) == disk[18 * MIB : 18 * MIB + 4096]
-        assert len(here.source.requests) > asked, "a window goes forward"
 
 
 # ── Images that lie ───────────────────────────────────────────────────────────────────────────────────

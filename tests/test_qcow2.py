@@ -9,7 +9,7 @@ import struct
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
@@ -34,7 +34,7 @@ from cachefs.formats.qcow2 import (
     Piece,
     Zero,
 )
-from cachefs.formats.qcow2_fetch import Placed, everything, file_order, reach, sequential_plan
+from cachefs.formats.qcow2_fetch import FRONT_MAX, Placed, everything, file_order, front, reach, sequential_plan
 from cachefs.formats.qcow2_header import HEAD_MAX, SIZE_MAX, SUBCLUSTERS, Compression, Header
 from cachefs.plan.extents import Extent
 from tests.qcow2_zoo import HUGE, MIB, SECTOR, ZOO, missing_qemu, qemu, qemu_io, raw_of
@@ -299,6 +299,30 @@ def test_the_first_read_needs_the_head_and_two_tables(tmp_path: Path) -> None:
     assert l2.length == disk.header.cluster_size
     assert list(disk.mapping.l1_extents()) == [l1]
     disk.close()
+
+
+@needs_qemu
+@pytest.mark.parametrize("name", ["zlib", "plain", "zlib-4k", "v2"])
+def test_the_front_holds_all_that_the_first_cluster_needs(name: str, tmp_path: Path) -> None:
+    disk = Disk(ZOO[name].make(tmp_path))
+    guess = front(disk.header)
+    assert guess is not None
+    assert guess.length <= FRONT_MAX
+    assert guess.end <= disk.header.file_size
+    first = sequential_plan(0, disk.pieces(0, disk.header.cluster_size), 0, MIB)
+    _, *tables = disk.fetched
+    for extent in (*tables, *(fetch.extent for fetch in first.fetches)):
+        assert guess.start <= extent.start <= extent.end <= guess.end, (extent, guess)
+    disk.close()
+
+
+@needs_qemu
+def test_nothing_is_guessed_where_it_would_be_much(tmp_path: Path) -> None:
+    disk = Disk(ZOO["zlib-2M"].make(tmp_path))
+    assert front(disk.header) is None
+    assert front(replace(disk.header, cluster_bits=16, size=0)) is None
+    disk.close()
+    assert front(replace(disk.header, cluster_bits=16, l1=Extent(3 * 64 * KIB, 3 * 64 * KIB + FRONT_MAX))) is None
 
 
 @needs_qemu

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cachefs.formats.qcow2 import Compressed, Data, Mapping, Need, Piece, Zero
-from cachefs.plan.extents import Extent
+from cachefs.formats.qcow2_header import Header
+from cachefs.plan.extents import Extent, ceil
+
+FRONT_MAX = 512 << 10
+"""Bytes that may be fetched for a guess: some cost of a request on a link of 200 Mbit/s."""
 
 
 class Placed(NamedTuple):
@@ -49,6 +53,15 @@ class Plan:
     def bytes(self) -> int:
         """What is fetched in all."""
         return sum(fetch.extent.length for fetch in self.fetches)
+
+
+def front(header: Header) -> Extent | None:
+    """Where the disk's first cluster is found: its L1 table, and what writers put right behind that, an L2 table
+    and the cluster itself. A guess, which saves asking for one after the other. None where it would be more than
+    FRONT_MAX, with large clusters or an L1 table of a huge disk; and for a disk without a byte."""
+    start = header.l1.start
+    end = min(ceil(header.l1.end, header.cluster_size) + 2 * header.cluster_size, header.file_size)
+    return Extent(start, end) if header.size and end - start <= FRONT_MAX else None
 
 
 def sequential_plan(offset: int, pieces: Iterable[Piece], gap_max: int, fetch_max: int) -> Plan:
