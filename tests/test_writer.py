@@ -16,7 +16,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from cachefs.plan.extents import PAGE, Extent
 from cachefs.store.check import check
-from cachefs.store.format import SpanNo
+from cachefs.store.format import SpanNo, Table
 from cachefs.store.view import StoredView
 from cachefs.store.writer import BACKOFF_S, PUNCH_ALONE
 from tests import stores
@@ -166,6 +166,45 @@ def test_what_is_dropped_while_a_commit_ends_is_counted_once(folder: Path, twins
     trio.run(main)
     assert check(folder).sound
     assert leaked(folder) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_space_comes_back_beside_the_next_commit(folder: Path, fails: bool) -> None:
+    """Who evicted is told when his own space is back, whatever becomes of that commit, and a stop waits for it."""
+    edges = Edges()
+
+    async def main() -> None:
+        async with running(folder, edges=edges, commit_interval_s=inf) as store:
+            view = view_of(store, 1, 2 * SPAN)
+            await land_all(store, view, CONTENT[:SPAN])
+            await store.writer.flush()
+            punch, freed = Held(edges, Edge.PUNCH), []
+
+            async def evict() -> None:
+                freed.append(await store.evict([(view.number, SpanNo(0))]))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(evict)
+                await punch.reached()
+                assert await land(store, view, SPAN, CONTENT[SPAN:])
+                if fails:
+                    edges.arm(Fate.FAIL, Edge.COMMIT)
+                nursery.start_soon(store.writer.flush)
+                commits = store.writer.commits
+                while store.writer.commits == commits and not edges.failed:
+                    await wait_all_tasks_blocked(0.001)
+                await wait_all_tasks_blocked(0.001)
+                assert not freed
+                store.writer.stop()
+                punch.go()
+            assert freed == [SPAN]
+            assert await read(view, SPAN, SPAN) == (None if fails else CONTENT[SPAN:])
+
+    trio.run(main)
+    assert check(folder).sound
+    assert leaked(folder) == []
+    with stores.index_of(folder) as index, index.reading() as snapshot:
+        assert not list(snapshot.items(Table.PUNCHES)), "nothing is left to be done"
 
 
 def test_flush_with_nothing_to_do_returns(folder: Path) -> None:

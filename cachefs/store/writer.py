@@ -42,6 +42,8 @@ COMMIT_BYTES = 64 << 20
 TRIM_LANDINGS = 2
 # With this much landed and not committed, landing waits for the disk: a bound on what a crash can lose.
 UNCOMMITTED_BYTES_MAX = 1 << 30
+# What goes is looked up when a commit is over, if that is soon: two threads at LMDB delay reads more than one.
+COMMIT_FIRST_S = 0.2
 # More holes than this are made by several threads.
 PUNCH_ALONE, PUNCH_THREADS = 64, 4
 # Landings that met the limit wait so long for eviction to make room.
@@ -284,6 +286,7 @@ class Writer:
         self._queue: deque[Command] = deque()
         self._wake = trio.Event()
         self._commit_done: trio.Event | None = None
+        self._given_back: trio.Event | None = None  # The space that the last commit freed.
         self._commit_failed: Exception | None = None
         self._flushing: list[trio.Event] = []
         # What was asked for and is done in the open layer: told when that is committed.
@@ -379,7 +382,7 @@ class Writer:
                     continue  # While we landed: on a layer that is lost nothing more can be committed.
                 if self._commit_done is None and self._is_due():
                     await self._begin_commit(nursery)
-                elif self._stopping and not self._queue and not self._held and self._commit_done is None:
+                elif self._stopping and not self._queue and not self._held and self._is_settled:
                     break
                 await self._wait()
 
@@ -406,6 +409,10 @@ class Writer:
 
     def _waits_for_disk(self) -> bool:
         return self._commit_done is not None and self._ledger.open.bytes_appended > UNCOMMITTED_BYTES_MAX
+
+    @property
+    def _is_settled(self) -> bool:
+        return self._commit_done is None and self._given_back is None
 
     def _is_due(self) -> bool:
         if not self._ledger.open:
@@ -484,12 +491,15 @@ class Writer:
         """On the loop, between reads: it is much work for Python, and nobody is in a hurry for it."""
         spans = list(dict.fromkeys(command.spans))
         out, freed, on_loop = _Outcome(), 0, turns.OnLoop()
+        if self._commit_done is not None:
+            with trio.move_on_after(COMMIT_FIRST_S):
+                await self._commit_done.wait()
         with turns.changing_often():
             found = await self._in_thread("looking up what goes", self._look_ahead, spans)
             for view, span in spans:
                 dropped = await on_loop.run(self._lander.drop(view, span, found))
                 if dropped is not None:
-                    out.publish(dropped[0])
+                    self._readers.published([dropped[0]])  # At once: all together would take a millisecond.
                     freed += dropped[1]
         out.asked.append((command.reply, freed))
         return out
@@ -620,15 +630,12 @@ class Writer:
         told = _Told(self._flushing, self._asked)
         self._flushing, self._asked = [], []
         self._commit_done = trio.Event()
-        nursery.start_soon(self._commit_aside, layer, writes, told)
+        nursery.start_soon(self._commit, layer, writes, told, nursery)
 
-    async def _commit_aside(self, layer: Layer, writes: WriteSet, told: _Told) -> None:
-        with turns.changing_often(wanted=bool(layer.freed)):
-            await self._commit(layer, writes, told)
-
-    async def _commit(self, layer: Layer, writes: WriteSet, told: _Told) -> None:
+    async def _commit(self, layer: Layer, writes: WriteSet, told: _Told, nursery: trio.Nursery) -> None:
         try:
-            await self._in_thread("a commit", self._commit_in_thread, layer, writes)
+            with turns.changing_often(wanted=bool(layer.freed)):
+                await self._in_thread("a commit", self._commit_in_thread, layer, writes)
         except (OSError, CachefsError) as error:
             self._commit_failed = error
             self._told_of_failure.append(told)  # When the readers were: see `_go_back`.
@@ -639,11 +646,23 @@ class Writer:
                 self._sealed_is_committed = True
             else:
                 self._ledger.committed()
-            await self._give_back_space(layer)
-            told.all()
+            if self._given_back is not None:  # As fast as it is freed, and no faster.
+                await self._given_back.wait()
+            self._given_back = trio.Event()
+            nursery.start_soon(self._give_back, layer, told, self._given_back)
         assert self._commit_done is not None
         self._commit_done.set()
         self._commit_done = None
+        self._wake.set()
+        await turns.OnLoop().run(writes.let_go())
+
+    async def _give_back(self, layer: Layer, told: _Told, done: trio.Event) -> None:
+        """Beside the next commit, which has nothing to do with it."""
+        with turns.changing_often(wanted=bool(layer.freed)):
+            await self._give_back_space(layer)
+        told.all()
+        self._given_back = None
+        done.set()
         self._wake.set()
 
     async def _give_back_space(self, layer: Layer) -> None:
