@@ -9,9 +9,9 @@ A thread pauses now and then besides, so that whoever waits for the lock has it 
 loop makes as many passes as a request needs, or it would meet a step in each of them.
 
 Measured while 2 GiB are evicted (`make bench ARGS="--quick evict"`), several times in turn, as GiB/s and the 99th
-percentile of warm reads beside the one without: all in threads, 1.0 to 1.5 and 4.4 to 6.2; in steps, one pass after
-each, 1.2 to 1.9 and 2.7 to 4.4; in steps with three passes, looking up with pauses, and that not beside a commit,
-1.0 to 1.4 and 1.9 to 2.9.
+percentile of warm reads beside the one without: all in threads, 1.0 to 1.5 and 4.4 to 6.2; in steps, with one pass
+after each, 1.2 to 1.9 and 2.7 to 4.4; with three, and looking up with pauses and not beside a commit, 1.0 to 1.4
+and 1.9 to 2.9.
 """
 
 from __future__ import annotations
