@@ -152,6 +152,12 @@ class Reading:
         self.faults.append(ConfigError(f"{section}/{name}", f"{where}: {reason}"))
 
 
+_NO_NUMBERS = {
+    "invalid literal for int() with base 10: ": "whole number",
+    "could not convert string to float: ": "number",
+}
+
+
 def _group(section: str) -> str | None:
     return None if section == "DEFAULT" else section
 
@@ -166,4 +172,12 @@ def _reason(opt: cfg.Opt, error: Exception) -> str:
         # Their text quotes a part of the value, which may be a password.
         return "$ begins the name of an option: a literal one is written $$"
     cause = error.__context__ if isinstance(error, cfg.ConfigSourceValueError) else error
-    return "has no valid value" if opt.secret else str(cause)
+    return "has no valid value" if opt.secret else _in_words(str(cause))
+
+
+def _in_words(said: str) -> str:
+    """What Python says of a number that is none is for those who write programs."""
+    for beginning, kind in _NO_NUMBERS.items():
+        if said.startswith(beginning):
+            return f"{said.removeprefix(beginning)} is no {kind}"
+    return said

@@ -39,6 +39,9 @@ def meant(text: str, images: Iterable[NamedImage]) -> str:
         return str(UUID(text))
     except ValueError:
         pass
+    images = list(images)
+    if not images:
+        raise NoEntry(f"{text!r}: no image is known here yet, so only a whole id says which one is meant")
     digits = text.replace("-", "").lower()
     is_beginning = re.fullmatch(rf"[0-9a-f]{{{DIGITS_MIN},32}}", digits) is not None
     found = [

@@ -192,7 +192,6 @@ def _head(now: Look, before: Look | None) -> list[str]:
     assert status is not None
     reads, store, fetcher = status["reads"], status["store"], status["fetcher"]
     hydration, evictor = status["hydration"], status["evictor"]
-    asked = reads["hits"] + reads["misses"]
     words = [
         f"cachefs {status['version']}: {status['ready']['state']}, up {duration(status['uptime'])}, "
         f"on {status['mountpoint']}"
@@ -202,8 +201,13 @@ def _head(now: Look, before: Look | None) -> list[str]:
     words.append(f"guests   {waiting} waiting{longest}; {opened} open")
     words += _waited_for(now)
     per_s = _per_s(now, before)
-    recent = "" if per_s is None else f"; now {per_s.reads:.0f} reads/s, {_share(per_s.hits, per_s.reads)} hits"
-    words.append(f"reads    {asked} since the start, {_share(reads['hits'], asked)} hits{recent}")
+    ways = reads["by_outcome"]
+    asked = sum(ways.values())
+    recent = "" if per_s is None else f"; now {per_s.reads:.0f}/s, {_share(per_s.at_once, per_s.reads)} at once"
+    words.append(
+        f"reads    {asked}: {_share(_at_once(ways), asked)} at once, {_share(ways['disk'], asked)} from disk, "
+        f"{_share(ways['miss'], asked)} from Glance{recent}"
+    )
     speed = rate(per_s.fetched) if per_s is not None else size(fetcher["bytes_fetched"]) + " in all"
     kinds = ", ".join(f"{n} {kind}" for kind, n in fetcher["flights_by_priority"].items() if n) or "none"
     failures = counted(fetcher["failures"], "failure")
@@ -235,7 +239,7 @@ def _waited_for(now: Look) -> list[str]:
 @dataclass(frozen=True)
 class _PerSecond:
     reads: float
-    hits: float
+    at_once: float
     fetched: float
 
 
@@ -245,10 +249,16 @@ def _per_s(now: Look, before: Look | None) -> _PerSecond | None:
     then, seconds = before.status, now.at_s - before.at_s
     if then["pid"] != now.status["pid"]:
         return None  # Another daemon: it counts anew.
-    hits = now.status["reads"]["hits"] - then["reads"]["hits"]
-    misses = now.status["reads"]["misses"] - then["reads"]["misses"]
+    ways, ways_then = now.status["reads"]["by_outcome"], then["reads"]["by_outcome"]
+    reads = sum(ways.values()) - sum(ways_then.values())
+    at_once = _at_once(ways) - _at_once(ways_then)
     fetched = now.status["fetcher"]["bytes_fetched"] - then["fetcher"]["bytes_fetched"]
-    return _PerSecond((hits + misses) / seconds, hits / seconds, fetched / seconds)
+    return _PerSecond(reads / seconds, at_once / seconds, fetched / seconds)
+
+
+def _at_once(ways: Mapping[str, int]) -> int:
+    """Reads that waited for nothing: of what the kernel has in memory, or what is on its way to the store."""
+    return ways["hit"] + ways["memory"]
 
 
 def _share(part: float, whole: float) -> str:

@@ -35,7 +35,7 @@ class Cost:
     fetched: int = 0
     requests: int = 0
     landed: int = 0
-    hits: int = 0
+    reads: int = 0
 
 
 class Story:
@@ -131,7 +131,7 @@ class Story:
             self._read_files()
         t.line()
         t.fact(
-            "fetched from Glance", f"{size(cost.fetched)}; {counted(cost.hits, 'read')} answered from the store"
+            "fetched from Glance", f"{size(cost.fetched)}; {counted(cost.reads, 'read')} answered from the node"
         )
         t.fact("took", f"{cost.seconds:.2f} s")
         self._claim(cost.fetched == 0, "what was read before was fetched again")
@@ -266,7 +266,7 @@ class Story:
         cost.fetched = after["fetcher"]["bytes_fetched"] - before["fetcher"]["bytes_fetched"]
         cost.requests = after["fetcher"]["requests"] - before["fetcher"]["requests"]
         cost.landed = after["store"]["bytes_landed"] - before["store"]["bytes_landed"]
-        cost.hits = after["reads"]["hits"] - before["reads"]["hits"]
+        cost.reads = sum(after["reads"]["by_outcome"].values()) - sum(before["reads"]["by_outcome"].values())
 
     def _settled(self) -> dict[str, Any]:
         """The status once nothing is under way any more."""
@@ -294,7 +294,7 @@ def keep_text(stage: Stage, pid: int) -> str:
 
         In another shell, where `c` is cachefs with this configuration:
 
-        c() {{ {as_typed(cachefs())} "$@" --config-file {as_typed([str(stage.configuration)])}; }}
+        c() {{ {as_typed([*cachefs(), "--config-file", str(stage.configuration)])} "$@"; }}
 
         c status
         c images

@@ -43,6 +43,12 @@ def test_what_is_less_means_nothing(text: str) -> None:
         meant(text, IMAGES)
 
 
+def test_where_no_list_was_ever_had_only_a_whole_id_is_one() -> None:
+    assert meant(A, []) == A
+    with pytest.raises(NoEntry, match="'21dced': no image is known here yet, so only a whole id says which one"):
+        meant("21dced", [])
+
+
 def test_what_may_be_several_is_said_with_all_of_them() -> None:
     with pytest.raises(AmbiguousImage) as raised:
         meant("21dce", IMAGES)
