@@ -10,7 +10,7 @@ import weakref
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import trio
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from cachefs import bounds, translation
+from cachefs import bounds, huge, translation
 from cachefs.catalog import Catalog, Disk, Image
 from cachefs.errors import (
     CachefsError,
@@ -34,7 +34,6 @@ from cachefs.errors import (
 from cachefs.fetcher import MEMORY_MAX
 from cachefs.flights import Priority
 from cachefs.guest_disks import GuestDisks
-from cachefs.huge import place
 from cachefs.plan.extents import BLOCK, Extent
 from cachefs.sources import Sink, Timing
 from cachefs.store.format import SpanNo, ViewKind
@@ -199,6 +198,31 @@ async def test_two_requests_open_a_cold_image(tmp_path_factory: pytest.TempPathF
         assert bytes(await view.read(0, 4096)) == disk[:4096]
 
 
+@qcow2.needs_qemu
+@virtual_time
+async def test_a_disk_whose_beginning_is_here_opens_without_the_file(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Also when nobody has looked inside, or that was not remembered, and Glance is away."""
+    folder = tmp_path_factory.mktemp("here")
+    file, disk = converted(folder, "-c")
+    async with den(folder / "store", {ONE: file}) as here:
+        await here.read(0, MIB)
+        await here.flow.settled()
+        known, store = here.known(), here.flow.store
+        assert known is not None
+        here.catalog.learn_disk(image_id(ONE), replace(known, seen=False))
+        original = store.known_view(image_id(ONE), ViewKind.ORIGINAL)
+        assert original is not None
+        await store.evict([(original.number, SpanNo(span)) for span in range(original.spans)])
+        here.disks.forget(image_id(ONE))  # As after a start.
+        asked = len(here.source.requests)
+        here.source.act = lambda request: Refuse(OriginUnavailable)
+        assert await here.read(0, 4096) == disk[:4096]
+        assert len(here.source.requests) == asked
+        assert here.known() == known
+
+
 @virtual_time
 async def test_a_failed_inspection_is_everybodys_failure_at_once(tmp_path: Path) -> None:
     """And not one after the other's."""
@@ -290,7 +314,7 @@ async def test_memory_of_steps_that_were_handed_on_goes_when_others_need_room(
     places: list[weakref.ref[mmap.mmap]] = []
 
     def counted(size: int) -> mmap.mmap:
-        made = place(size)
+        made = huge.place(size)
         places.append(weakref.ref(made))
         return made
 
