@@ -207,6 +207,35 @@ def test_space_comes_back_beside_the_next_commit(folder: Path, fails: bool) -> N
         assert not list(snapshot.items(Table.PUNCHES)), "nothing is left to be done"
 
 
+def test_what_gives_space_back_may_break_and_the_store_goes_on(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No thread can be had, for one. The next start gives it back."""
+    edges = Edges()
+
+    def break_down(edge: Edge) -> None:
+        if edge is Edge.PUNCH:
+            raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        async with running(folder, edges=edges, commit_interval_s=inf) as store:
+            view = view_of(store, 1, 2 * SPAN)
+            await land_all(store, view, CONTENT[:SPAN])
+            await store.writer.flush()
+            edges.on_pass = break_down
+            assert await store.evict([(view.number, SpanNo(0))]) == SPAN
+            assert await land(store, view, SPAN, CONTENT[SPAN:])
+            await store.writer.flush()
+            assert await read(view, SPAN, SPAN) == CONTENT[SPAN:]
+
+    trio.run(main)
+    assert "unexpected failure of giving space back" in caplog.text
+    assert leaked(folder) != []
+    stores.open_store(folder).close()
+    assert leaked(folder) == []
+    assert check(folder).sound
+
+
 def test_flush_with_nothing_to_do_returns(folder: Path) -> None:
     async def main() -> None:
         async with running(folder) as store:

@@ -660,8 +660,11 @@ class Writer:
 
     async def _give_back(self, layer: Layer, told: _Told, done: trio.Event) -> None:
         """Beside the next commit, which has nothing to do with it."""
-        with turns.changing_often(wanted=bool(layer.freed)):
-            await self._give_back_space(layer)
+        try:
+            with turns.changing_often(wanted=bool(layer.freed)):
+                await self._give_back_space(layer)
+        except Exception:  # It costs space until the next start, which does what is noted; not the mount.
+            log.exception("unexpected failure of giving space back")
         told.all()
         self._given_back = None
         done.set()
