@@ -17,6 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from cachefs.plan.extents import PAGE, Extent
 from cachefs.store.check import check
 from cachefs.store.format import SpanNo, Table
+from cachefs.store.recover import open_store
 from cachefs.store.view import StoredView
 from cachefs.store.writer import BACKOFF_S, PUNCH_ALONE
 from tests import stores
@@ -231,7 +232,7 @@ def test_what_gives_space_back_may_break_and_the_store_goes_on(
     trio.run(main)
     assert "unexpected failure of giving space back" in caplog.text
     assert leaked(folder) != []
-    stores.open_store(folder).close()
+    open_store(folder).close()
     assert leaked(folder) == []
     assert check(folder).sound
 
