@@ -155,10 +155,9 @@ class GuestDisks:
         self._learn(image, Disk(size=verdict.virtual_size, format=verdict.real_format, seen=plain))
 
     async def _inspect_inside(self, image: Image, view: StoredView, disk: Disk) -> None:
-        original = self.original_of(view)
-        if original is not None:
-            await self._fetch_front(original)
         inspection = guest_disk_inspection(view.size)
+        if (first := inspection.wants()) is not None:
+            await self._fetch_front(view, first)
         while (extent := inspection.wants()) is not None:
             inspection.feed(extent.start, await self._exactly(view, extent))
         verdict = inspection.verdict
@@ -168,8 +167,12 @@ class GuestDisks:
         else:
             self._learn(image, Disk(refused=verdict.reason))
 
-    async def _fetch_front(self, original: StoredView) -> None:
-        """What the first cluster of the disk needs comes with one request."""
+    async def _fetch_front(self, view: StoredView, first: Extent) -> None:
+        """What the first cluster of the disk needs comes with one request, unless `first` of it is here."""
+        await self._blocks.load(view, first)
+        original = self.original_of(view)
+        if original is None or not view.absent(first):
+            return
         try:
             extent = front((await self.mapping(original)).header)
         except FormatError:

@@ -333,21 +333,22 @@ class Translator:
         await step.done.wait()
         if step.error is not None:
             return step.error
-        if step.room is not None and step.extent.length == len(step.room):
-            given = await sink.take(step.room)
+        room, step.room = step.room, None  # Its group knows the step for long; the place is others' soon.
+        if room is not None and step.extent.length == len(room):
+            given = await sink.take(room)
             if given is not None:
                 self._keep_room(given)
                 return None
-        data = memoryview(_ZEROS if step.room is None else step.room)
+        data = memoryview(_ZEROS if room is None else room)
         at, end = 0, step.extent.length
         while at < end:
-            room = await sink.room()
-            n = min(len(room), end - at)
-            room[:n] = data[at : at + n]
+            free = await sink.room()
+            n = min(len(free), end - at)
+            free[:n] = data[at : at + n]
             sink.arrived(n)
             at += n
-        if step.room is not None:
-            self._keep_room(step.room)
+        if room is not None:
+            self._keep_room(room)
         return None
 
     def _keep_room(self, room: mmap.mmap) -> None:

@@ -4,11 +4,13 @@ image that lies, or is another one by the time that its bytes come.
 
 from __future__ import annotations
 
+import mmap
 import struct
+import weakref
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import trio
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+from cachefs import bounds, huge, translation
 from cachefs.catalog import Catalog, Disk, Image
 from cachefs.errors import (
     CachefsError,
@@ -29,12 +32,13 @@ from cachefs.errors import (
     OriginUnavailable,
 )
 from cachefs.fetcher import MEMORY_MAX
+from cachefs.flights import Priority
 from cachefs.guest_disks import GuestDisks
 from cachefs.plan.extents import BLOCK, Extent
 from cachefs.sources import Sink, Timing
 from cachefs.store.format import SpanNo, ViewKind
 from cachefs.store.room import Limits
-from cachefs.translation import FETCHES_MAX, STEP_MAX
+from cachefs.translation import FETCHES_MAX, ROOMS_MAX, STEP_MAX, STEPS_AT_ONCE
 from cachefs.views.stored import StoredFile
 from tests import test_qcow2 as qcow2
 from tests.flow import Flow, Refuse, ScriptedSource, Stall, flow, until, virtual_time
@@ -194,6 +198,31 @@ async def test_two_requests_open_a_cold_image(tmp_path_factory: pytest.TempPathF
         assert bytes(await view.read(0, 4096)) == disk[:4096]
 
 
+@qcow2.needs_qemu
+@virtual_time
+async def test_a_disk_whose_beginning_is_here_opens_without_the_file(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Also when nobody has looked inside, or that was not remembered, and Glance is away."""
+    folder = tmp_path_factory.mktemp("here")
+    file, disk = converted(folder, "-c")
+    async with den(folder / "store", {ONE: file}) as here:
+        await here.read(0, MIB)
+        await here.flow.settled()
+        known, store = here.known(), here.flow.store
+        assert known is not None
+        here.catalog.learn_disk(image_id(ONE), replace(known, seen=False))
+        original = store.known_view(image_id(ONE), ViewKind.ORIGINAL)
+        assert original is not None
+        await store.evict([(original.number, SpanNo(span)) for span in range(original.spans)])
+        here.disks.forget(image_id(ONE))  # As after a start.
+        asked = len(here.source.requests)
+        here.source.act = lambda request: Refuse(OriginUnavailable)
+        assert await here.read(0, 4096) == disk[:4096]
+        assert len(here.source.requests) == asked
+        assert here.known() == known
+
+
 @virtual_time
 async def test_a_failed_inspection_is_everybodys_failure_at_once(tmp_path: Path) -> None:
     """And not one after the other's."""
@@ -271,6 +300,43 @@ async def test_memory_that_steps_and_slabs_hand_to_each_other_is_whose_it_is(tmp
                         nursery.start_soon(whole, number, start)
             await here.flow.settled()
         assert here.flow.store.writer.lander.rotten_found == 0
+
+
+@qcow2.needs_qemu
+@virtual_time
+async def test_memory_of_steps_that_were_handed_on_goes_when_others_need_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though requests that they have in common are still under way."""
+    source, image = tmp_path / "source", tmp_path / "image"
+    source.write_bytes(b"".join(b"%063d\n" % word for word in range(96 * MIB // 64)))
+    qemu("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", source, image)
+    places: list[weakref.ref[mmap.mmap]] = []
+
+    def counted(size: int) -> mmap.mmap:
+        made = huge.place(size)
+        places.append(weakref.ref(made))
+        return made
+
+    for module in (bounds, translation):
+        monkeypatch.setattr(module, "place", counted)
+    others, memory_max, kept = 64 * MIB, 32 * MIB, Limits(1, 0)
+    files = {ONE: image.read_bytes(), TWO: bytes(others)}
+    stall = Stall(trio.Event(), 2 * MIB)
+    async with den(
+        tmp_path / "store", files, memory_max=memory_max, span_size=STEP_MAX, limits=lambda: kept
+    ) as here:
+        disk = await here.disks.open(await here.image())
+        here.source.act = lambda request: stall if request.extent.length > 2 * MIB else None
+        flight = here.flow.fetcher.start(disk, Extent(4 * MIB, 92 * MIB), Priority.DEMAND)
+        await until(lambda: flight.at >= 8 * MIB + memory_max)  # So much was handed on of one group.
+        other = here.flow.store.view(image_id(TWO), ViewKind.ORIGINAL, others)
+        for at in range(0, others, MIB):
+            await here.flow.fetcher.start(other, Extent(at, at + MIB), Priority.DEMAND).ended.wait()
+        alive = sum(len(found) for one in places if (found := one()) is not None)
+        assert alive <= memory_max + (ROOMS_MAX + STEPS_AT_ONCE + 1) * STEP_MAX
+        stall.until.set()
+        await flight.ended.wait()
 
 
 @qcow2.needs_qemu

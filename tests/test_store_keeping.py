@@ -21,7 +21,7 @@ from cachefs.store.recipe import SpanMap
 from cachefs.store.recover import open_store
 from cachefs.store.room import Limits
 from cachefs.store.verified import Verified
-from cachefs.store.writer import HELD_S
+from cachefs.store.writer import BACKOFF_S, HELD_S
 from tests import stores
 from tests.stores import (
     SPAN,
@@ -226,6 +226,25 @@ def test_without_anything_to_evict_bytes_are_served_and_not_kept(folder: Path) -
             began_s = trio.current_time()
             assert not await land(store, view, SPAN, content[SPAN:])
             assert trio.current_time() - began_s == pytest.approx(HELD_S)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert check(folder).sound
+
+
+def test_what_was_evicted_is_room_that_is_told_of(folder: Path) -> None:
+    """Until then nothing is fetched ahead, so nobody may be there whose bytes would show it."""
+    content = random_bytes(7, 2 * SPAN)
+
+    async def main() -> None:
+        limits = Limits(SPAN + SPAN // 2, 0)
+        async with running(folder, limits=lambda: limits) as store:
+            view = view_of(store, 1, len(content))
+            assert await land(store, view, 0, content[:SPAN])
+            assert not await land(store, view, SPAN, content[SPAN:])
+            assert store.writer.trouble == f"no room for {SPAN} bytes"
+            await trio.sleep(BACKOFF_S)
+            assert await store.evict(spans_of(1, 1)) == SPAN
+            assert store.writer.trouble is None
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
     assert check(folder).sound

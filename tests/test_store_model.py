@@ -22,7 +22,7 @@ import trio
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from cachefs.errors import StoreError
 from cachefs.plan.extents import PAGE, ceil
@@ -135,6 +135,32 @@ class Life:
             finished = await self.or_end(done)
             nursery.cancel_scope.cancel()
         return finished
+
+
+class Late:
+    """Holds up whatever gives space back, from one passage on, until `let_go`."""
+
+    def __init__(self, edges: Edges) -> None:
+        self._edges, self._go, self._reached = edges, threading.Event(), False
+        edges.on_pass = self._hold
+
+    def _hold(self, edge: Edge) -> None:
+        if edge in (Edge.PUNCH, Edge.REMOVE) and not self._go.is_set():
+            self._reached = True
+            assert self._go.wait(CALL_S)
+            if self._edges.dead:
+                raise Crash
+
+    async def let_go(self, rounds: int, jump: Callable[[], None] | None) -> None:
+        """When the writer has done what it can beside, which a few `rounds` are enough for."""
+        try:
+            for _ in range(rounds):
+                await wait_all_tasks_blocked(0.002)
+                if self._reached and jump is not None:
+                    jump()
+                    jump = None
+        finally:
+            self._go.set()
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -475,10 +501,14 @@ class StoreMachine(RuleBasedStateMachine):
             self.loop.call(self.read_evicted, spans)
         self.settle()
 
-    @rule(data=st.data(), fault=st.none() | st.tuples(st.sampled_from(Fate), st.integers(0, 4)))
-    def evict_in_storm(self, data: st.DataObject, fault: tuple[Fate, int] | None) -> None:
+    @rule(
+        data=st.data(),
+        fault=st.none() | st.tuples(st.sampled_from(Fate), st.integers(0, 4)),
+        rounds=st.sampled_from((0, 5, 20)),
+    )
+    def evict_in_storm(self, data: st.DataObject, fault: tuple[Fate, int] | None, rounds: int) -> None:
         """Several evict the same, between its steps others read, quarantine, move and commit it, and something may
-        fail."""
+        fail. The space of what goes first may come back late, beside commits that do or do not fail."""
         spans = [self.draw_span(data) for _ in range(data.draw(st.integers(1, 4)))]
         # And after these the same ones in other views, which share their chunks where the images are alike.
         again = [(view, span) for _, span in spans for view, content in enumerate(self.contents) if content]
@@ -489,9 +519,12 @@ class StoreMachine(RuleBasedStateMachine):
             whole = [(v, n * SPAN // PAGE, min(SPAN, len(self.contents[v]) - n * SPAN)) for v, n in again]
             self.loop.call(self.land_batch, [(v, first, ceil(size, PAGE) // PAGE) for v, first, size in whole])
         self.flush()
-        if fault is not None:
+        if fault is not None and rounds:  # One of the commits beside: the first passes.
+            self.edges.arm(fault[0], Edge.SYNC, Edge.COMMIT, after=2 + fault[1] % 2)
+        elif fault is not None:
             self.edges.arm(fault[0], after=fault[1])
         self.leaks |= moves
+        late = Late(self.edges) if rounds and not self.life_ended else None
 
         async def all_at_once() -> None:
             life = self.life
@@ -499,6 +532,8 @@ class StoreMachine(RuleBasedStateMachine):
             chunks = [f.split_chunk_key(key) for key, _ in life.store.items(f.Table.CHUNKS)]
             sources = frozenset(life.store.segments.files)
             async with trio.open_nursery() as nursery:
+                if late is not None:
+                    nursery.start_soon(late.let_go, rounds, partial(self.loop.clock.jump, 0.3) if jump else None)
                 for part in (spans, *([one] for one in again)):
                     named = [(self.views[view].number, SpanNo(span)) for view, span in part]
                     nursery.start_soon(life.finish, partial(life.store.evict, named))

@@ -17,6 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from cachefs.plan.extents import PAGE, Extent
 from cachefs.store.check import check
 from cachefs.store.format import SpanNo, Table
+from cachefs.store.recover import open_store
 from cachefs.store.view import StoredView
 from cachefs.store.writer import BACKOFF_S, PUNCH_ALONE
 from tests import stores
@@ -205,6 +206,35 @@ def test_space_comes_back_beside_the_next_commit(folder: Path, fails: bool) -> N
     assert leaked(folder) == []
     with stores.index_of(folder) as index, index.reading() as snapshot:
         assert not list(snapshot.items(Table.PUNCHES)), "nothing is left to be done"
+
+
+def test_what_gives_space_back_may_break_and_the_store_goes_on(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No thread can be had, for one. The next start gives it back."""
+    edges = Edges()
+
+    def break_down(edge: Edge) -> None:
+        if edge is Edge.PUNCH:
+            raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        async with running(folder, edges=edges, commit_interval_s=inf) as store:
+            view = view_of(store, 1, 2 * SPAN)
+            await land_all(store, view, CONTENT[:SPAN])
+            await store.writer.flush()
+            edges.on_pass = break_down
+            assert await store.evict([(view.number, SpanNo(0))]) == SPAN
+            assert await land(store, view, SPAN, CONTENT[SPAN:])
+            await store.writer.flush()
+            assert await read(view, SPAN, SPAN) == CONTENT[SPAN:]
+
+    trio.run(main)
+    assert "unexpected failure of giving space back" in caplog.text
+    assert leaked(folder) != []
+    open_store(folder).close()
+    assert leaked(folder) == []
+    assert check(folder).sound
 
 
 def test_flush_with_nothing_to_do_returns(folder: Path) -> None:

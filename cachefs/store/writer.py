@@ -253,6 +253,7 @@ class _Outcome:
     short: list[Land] = field(default_factory=list)  # There was no room for them.
     told: list[Callable[[], None]] = field(default_factory=list)
     asked: list[tuple[Reply[int], int]] = field(default_factory=list)  # Told when it is committed.
+    made_room: bool = False
     trouble: OSError | None = None
 
     def publish(self, *landed: Landed) -> None:
@@ -467,7 +468,7 @@ class Writer:
         if outcome.trouble is not None:
             self._readers.failed(outcome.trouble)
             self._note_trouble(outcome.trouble)
-        elif keep and outcome.landed:
+        elif keep and (outcome.landed or outcome.made_room):
             self._note_trouble(None)
         # From here to the end no await: readers see the new maps before anything replaced can be punched.
         self._readers.published(outcome.landed.values())
@@ -502,6 +503,7 @@ class Writer:
                     self._readers.published([dropped[0]])  # At once: all together would take a millisecond.
                     freed += dropped[1]
         out.asked.append((command.reply, freed))
+        out.made_room = freed > 0
         return out
 
     def _look_ahead(self, spans: Sequence[tuple[ViewNo, SpanNo]]) -> Found:
@@ -658,8 +660,11 @@ class Writer:
 
     async def _give_back(self, layer: Layer, told: _Told, done: trio.Event) -> None:
         """Beside the next commit, which has nothing to do with it."""
-        with turns.changing_often(wanted=bool(layer.freed)):
-            await self._give_back_space(layer)
+        try:
+            with turns.changing_often(wanted=bool(layer.freed)):
+                await self._give_back_space(layer)
+        except Exception:  # It costs space until the next start, which does what is noted; not the mount.
+            log.exception("unexpected failure of giving space back")
         told.all()
         self._given_back = None
         done.set()
