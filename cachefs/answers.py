@@ -24,7 +24,7 @@ NAMES_SHOWN = 5
 
 def status_rows(found: Mapping[str, Any]) -> Rows:
     store, reads, fetcher, disk = found["store"], found["reads"], found["fetcher"], found["store"]["disk"]
-    evictor = found["evictor"]
+    evictor, ways = found["evictor"], reads["by_outcome"]
     evicted = sum(cause["bytes"] for cause in evictor["evicted"].values())
     rows = [
         ("state", found["ready"]["state"]),
@@ -39,7 +39,7 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
         ),
         (
             "reads",
-            f"{counted(reads['hits'], 'hit')}, {counted(reads['misses'], 'miss', 'misses')}, "
+            f"{ways['hit'] + ways['memory']} at once, {ways['disk']} from disk, {ways['miss']} from Glance, "
             f"{reads['waiting']} waiting",
         ),
         (

@@ -170,8 +170,16 @@ def _bound_the_stop(store: Store) -> None:
 async def _until_signalled(
     scope: trio.CancelScope, blocks: Blocks, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
+    early: list[int] = []
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        # What the receiver leaves behind when it closes: a second signal right then must not cut the stop.
+        signal.signal(ending, lambda number, _: early.append(number))
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
         task_status.started()
+        if early:
+            log.info("stopping: %s", signal.Signals(early[0]).name)
+            scope.cancel()
+            return
         async for number in signals:
             if number == signal.SIGUSR1:
                 log_stacks(blocks)

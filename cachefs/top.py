@@ -203,7 +203,8 @@ def _head(now: Look, before: Look | None) -> list[str]:
     per_s = _per_s(now, before)
     ways = reads["by_outcome"]
     asked = sum(ways.values())
-    recent = "" if per_s is None else f"; now {per_s.reads:.0f}/s, {_share(per_s.at_once, per_s.reads)} at once"
+    recent = "" if per_s is None else f"; now {per_s.reads:.0f}/s"
+    recent += f", {_share(per_s.at_once, per_s.reads)} at once" if per_s is not None and per_s.reads else ""
     words.append(
         f"reads    {asked}: {_share(_at_once(ways), asked)} at once, {_share(ways['disk'], asked)} from disk, "
         f"{_share(ways['miss'], asked)} from Glance{recent}"

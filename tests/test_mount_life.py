@@ -150,6 +150,24 @@ def test_a_signal_ends_it_while_reads_wait(node: Node, origin: StallingOrigin, n
         assert origin.data_requests == 0
 
 
+def test_more_signals_while_it_stops_do_not_cut_that(node: Node) -> None:
+    """As `timeout` sends them, to the process and then to its group: each 0.2 ms until it has ended."""
+    for _ in range(3):
+        with node:
+            assert read_buffered(node.path(IMAGE), 0, MIB) == BYTES(0, MIB)
+            pid = node.pid
+            os.kill(pid, signal.SIGTERM)
+            until = time.monotonic() + 0.3
+            while time.monotonic() < until:
+                os.kill(pid, signal.SIGTERM)
+                time.sleep(0.0002)
+            assert node.wait_for_end() == 0
+            assert not node.mounted
+            assert "stopped" in node.log
+            node.kill()
+    assert_sound(node.store)
+
+
 def test_a_signal_in_the_moment_of_mounting_leaves_no_dead_mount(node: Node) -> None:
     try:
         with (
