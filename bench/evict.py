@@ -113,7 +113,7 @@ def _mounted(
                 evicting_s = time.time()
                 _evict(node, [image.id for image in victims])
                 ended_s = time.time()
-                time.sleep(CALM_S)
+                time.sleep(CALM_S)  # What eviction left to the filesystem's journal is not to be counted again.
                 punching_s = time.time()
                 punching.beside(punched, hole, RATE_MIN * GIB)
                 punched_s = time.time()

@@ -22,6 +22,12 @@ CONTENT_SHOWN, CONTENT_CUT = 36, 16
 NAMES_SHOWN = 5
 
 
+def at_once(ways: Mapping[str, int]) -> int:
+    """Of reads by outcome, those that waited for nothing: of what the kernel has in memory, or what is on its way
+    to the store."""
+    return ways["hit"] + ways["memory"]
+
+
 def status_rows(found: Mapping[str, Any]) -> Rows:
     store, reads, fetcher, disk = found["store"], found["reads"], found["fetcher"], found["store"]["disk"]
     evictor, ways = found["evictor"], reads["by_outcome"]
@@ -39,7 +45,7 @@ def status_rows(found: Mapping[str, Any]) -> Rows:
         ),
         (
             "reads",
-            f"{ways['hit'] + ways['memory']} at once, {ways['disk']} from disk, {ways['miss']} from Glance, "
+            f"{at_once(ways)} at once, {ways['disk']} from disk, {ways['miss']} from Glance, "
             f"{reads['waiting']} waiting",
         ),
         (

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cachefs.answers import distinct, without
+from cachefs.answers import at_once, distinct, without
 from cachefs.errors import CachefsError
 from cachefs.shown import BOLD, DIM, RED, YELLOW, coloured, columns_of, is_terminal, table
 from cachefs.words import counted, cut, duration, printable, rate, size, width, wrapped
@@ -206,7 +206,7 @@ def _head(now: Look, before: Look | None) -> list[str]:
     recent = "" if per_s is None else f"; now {per_s.reads:.0f}/s"
     recent += f", {_share(per_s.at_once, per_s.reads)} at once" if per_s is not None and per_s.reads else ""
     words.append(
-        f"reads    {asked}: {_share(_at_once(ways), asked)} at once, {_share(ways['disk'], asked)} from disk, "
+        f"reads    {asked}: {_share(at_once(ways), asked)} at once, {_share(ways['disk'], asked)} from disk, "
         f"{_share(ways['miss'], asked)} from Glance{recent}"
     )
     speed = rate(per_s.fetched) if per_s is not None else size(fetcher["bytes_fetched"]) + " in all"
@@ -252,14 +252,9 @@ def _per_s(now: Look, before: Look | None) -> _PerSecond | None:
         return None  # Another daemon: it counts anew.
     ways, ways_then = now.status["reads"]["by_outcome"], then["reads"]["by_outcome"]
     reads = sum(ways.values()) - sum(ways_then.values())
-    at_once = _at_once(ways) - _at_once(ways_then)
+    soon = at_once(ways) - at_once(ways_then)
     fetched = now.status["fetcher"]["bytes_fetched"] - then["fetcher"]["bytes_fetched"]
-    return _PerSecond(reads / seconds, at_once / seconds, fetched / seconds)
-
-
-def _at_once(ways: Mapping[str, int]) -> int:
-    """Reads that waited for nothing: of what the kernel has in memory, or what is on its way to the store."""
-    return ways["hit"] + ways["memory"]
+    return _PerSecond(reads / seconds, soon / seconds, fetched / seconds)
 
 
 def _share(part: float, whole: float) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,7 +21,6 @@ import lmdb
 from cachefs.errors import StoreUnreadable, StoreUnusable
 from cachefs.store import format as f
 from cachefs.store.format import Chunk, ChunkId, Recipe, SpanNo, Table, ViewNo
-from cachefs.store.turns import emptied
 
 TRIM_DIGESTS = 64
 MAP_SIZE_FIRST = 256 << 20  # Address space, not disk: LMDB grows its file as it fills it.
@@ -81,10 +80,6 @@ class WriteSet:
 
     def put(self, table: Table, key: bytes, record: bytes | None) -> None:
         self.puts.setdefault(table, {})[key] = record
-
-    def let_go(self) -> Generator[None, None, None]:
-        """They are written: to forget thousands of records at once would take a millisecond."""
-        yield from emptied(*self.puts.values())
 
     def __bool__(self) -> bool:
         return bool(self.puts or self.digests_added or self.digests_removed or self.prefixes_removed)

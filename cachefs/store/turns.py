@@ -11,7 +11,7 @@ loop makes as many passes as a request needs, or it would meet a step in each of
 Measured while 2 GiB are evicted (`make bench ARGS="--quick evict"`), several times in turn, as GiB/s and the 99th
 percentile of warm reads beside the one without: all in threads, 1.0 to 1.5 and 4.4 to 6.2; in steps, with one pass
 after each, 1.2 to 1.9 and 2.7 to 4.4; with three, and looking up with pauses and not beside a commit, 1.0 to 1.4
-and 1.9 to 2.9.
+and 1.8 to 2.9.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from time import perf_counter, sleep
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 
@@ -30,8 +30,6 @@ T = TypeVar("T")
 STEP_S = 40e-6
 # In so many passes of the loop a request is seen, read and answered; each would wait for a step else.
 PASSES = 3
-# In some 10 µs.
-FORGOTTEN_A_STEP = 32
 # A thread that is long at work beside reads stops so long now and then, and lets go of the lock by itself.
 PAUSE_S = 20e-6
 # How long a thread keeps Python's lock when another wants it. For always `daemon` has a longer one: each change
@@ -62,15 +60,6 @@ class OnLoop:
                 for _ in range(PASSES):
                     await trio.lowlevel.cancel_shielded_checkpoint()
                 self._began_s = perf_counter()
-
-
-def emptied(*some: dict[Any, Any]) -> Generator[None, None, None]:
-    """Dicts that nobody needs any more, in steps."""
-    for one in some:
-        while one:
-            for _ in range(min(len(one), FORGOTTEN_A_STEP)):
-                one.popitem()
-            yield
 
 
 class Pauses:

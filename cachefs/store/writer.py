@@ -656,7 +656,6 @@ class Writer:
         self._commit_done.set()
         self._commit_done = None
         self._wake.set()
-        await turns.OnLoop().run(writes.let_go())
 
     async def _give_back(self, layer: Layer, told: _Told, done: trio.Event) -> None:
         """Beside the next commit, which has nothing to do with it."""
